@@ -1,0 +1,97 @@
+"""Argument checks at the public boundary: a ValueError that names the argument, wanted and got.
+
+Shapes, dtypes, devices and host numbers are looked at; values only on the CPU, as reading one would
+wait for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+LABEL_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
+MASK_DTYPES = (torch.bool, *LABEL_DTYPES)
+
+
+def require(condition: bool, name: str, want: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: want {want}, got {got}")
+
+
+def tensor(
+    name: str, value: Any, *, dtypes: tuple[torch.dtype, ...], ndim: int | None = None
+) -> None:
+    require(isinstance(value, Tensor), name, "a torch.Tensor", type(value).__name__)
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    require(value.dtype in dtypes, name, f"dtype {names}", value.dtype)
+    if ndim is not None:
+        require(value.ndim == ndim, name, f"{ndim} dimensions", f"shape {tuple(value.shape)}")
+
+
+def shape(name: str, value: Tensor, want: tuple[int, ...], letters: str) -> None:
+    got = tuple(value.shape)
+    require(got == tuple(want), name, f"shape {letters} = {tuple(want)}", got)
+
+
+def same_device(name: str, value: Any, other_name: str, other: Any) -> None:
+    require(
+        value.device == other.device, name, f"{other_name}'s device {other.device}", value.device
+    )
+
+
+def choice(name: str, value: object, options: tuple[str, ...]) -> None:
+    require(value in options, name, "one of " + ", ".join(map(repr, options)), repr(value))
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """A finite int or float inside an interval; tensors are refused, reading them may sync."""
+    interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(is_number, name, f"a number in {interval}", repr(value))
+    inside = low < value if low_open else low <= value
+    inside = inside and (value < high if high_open else value <= high)
+    require(inside and math.isfinite(value), name, f"a finite number in {interval}", value)
+
+
+def token_tensor(name: str, value: Any, segments: Any) -> None:
+    """One fp32 or fp64 number for each token of a StepSegments, in any shape."""
+    tensor(name, value, dtypes=(torch.float32, torch.float64))
+    tokens = segments.num_tokens
+    require(value.numel() == tokens, name, f"N = {tokens} elements", f"shape {tuple(value.shape)}")
+    same_device(name, value, "segments", segments)
+
+
+def values_are_free(value: Tensor) -> bool:
+    """True where looking at the values neither waits for a device nor breaks a compiled graph."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def ref_logps(value: Any, shape_: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    """Reference log-probs must match the policy's: broadcasting here would change the loss."""
+    tensor("ref_logps", value, dtypes=(dtype,))
+    shape("ref_logps", value, tuple(shape_), "of logps")
+    require(value.device == device, "ref_logps", f"the policy's device {device}", value.device)
+
+
+def targets(target: Tensor, scored: Tensor, V: int, ignore_index: int) -> None:
+    """Scored targets lie in the vocabulary. Looked at on the CPU only, where it costs nothing."""
+    if target.device.type != "cpu":
+        return
+    wrong = scored & ((target < 0) | (target >= V))
+    if bool(wrong.any()):
+        t = int(wrong.nonzero()[0, 0])
+        want = f"a value in [0, V) = [0, {V}) or ignore_index = {ignore_index}"
+        require(False, f"target[{t}]", want, int(target[t]))

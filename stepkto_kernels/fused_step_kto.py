@@ -1,0 +1,336 @@
+"""Step-KTO loss straight from hidden states: loss and gradients while the logits are there.
+
+Whole sequences are packed into blocks whose fp32 logits fit the scratch. For each block: logits ->
+log-probs -> segment sums -> g[t] -> dlogits in place -> dhidden, dweight. That is 3 GEMM units
+where log-probs first and gradients later take 4. A sequence longer than a block is run in the two
+passes of linear_logprobs instead: forward, then recompute.
+Letters: N tokens, n tokens of a block, H hidden size, V vocabulary, B sequences, S steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from stepkto_kernels import backend as backends
+from stepkto_kernels import checks
+from stepkto_kernels.config import LogitOptions, SegmentOptions, StepKTOConfig
+from stepkto_kernels.head import (
+    WeightGradients,
+    forward,
+    full_rows,
+    full_rows_backward,
+    recompute_backward,
+    vocab_tiles,
+)
+from stepkto_kernels.linear_logprobs import (
+    Group,
+    check_head,
+    linear_logprobs,
+    make_head,
+    wants_grad,
+)
+from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
+from stepkto_kernels.plan import fused_rows
+from stepkto_kernels.rows import RowGradient
+from stepkto_kernels.segments import StepSegments
+from stepkto_kernels.step_kto import (
+    BatchLoss,
+    KLBaseline,
+    LossNormalizer,
+    SegmentIndex,
+    SegmentRatios,
+    batch_loss,
+    is_clipped,
+    logp_sums,
+    resolve_baseline,
+    resolve_normalizer,
+    segment_ratios,
+    step_kto_loss,
+    token_slopes,
+)
+
+
+def pack_sequences(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
+    """Cut sequences, in order, into blocks [first, last) of at most `capacity` tokens.
+
+    A sequence longer than `capacity` gets a block of its own.
+    """
+    blocks: list[tuple[int, int]] = []
+    first, used = 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and used + length > capacity:
+            blocks.append((first, i))
+            first, used = i, 0
+        used += length
+    if lengths:
+        blocks.append((first, len(lengths)))
+    return blocks
+
+
+def token_blocks(sequence_index: Tensor, capacity: int) -> list[Tensor]:
+    """Positions of the tokens of each block, whole sequences together. Waits for a GPU once."""
+    order = sequence_index.sort(stable=True).indices
+    lengths = torch.unique_consecutive(sequence_index[order], return_counts=True)[1].tolist()
+    blocks, start = [], 0
+    for first, last in pack_sequences(lengths, capacity):
+        stop = start + sum(lengths[first:last])
+        blocks.append(order[start:stop])
+        start = stop
+    return blocks
+
+
+class _Blocks:
+    """The segment level of the loss: log-ratios of all sequences, collected block by block."""
+
+    def __init__(
+        self,
+        index: SegmentIndex,
+        baseline: tuple[Tensor, Tensor],
+        normalizer: tuple[Tensor, Tensor],
+        options: SegmentOptions,
+    ):
+        zeros = lambda like: torch.zeros(like.shape, dtype=torch.float64, device=like.device)
+        self.index, self.baseline = index, baseline
+        self.normalizer, self.options = normalizer, options
+        self.ratios = (zeros(index.outcome_label), zeros(index.step_label))
+        self.logps = (zeros(index.outcome_label), zeros(index.step_label))
+
+    def slopes(self, rows: Tensor, logp: Tensor, ref_logps: Tensor) -> Tensor:
+        """g[t] of a block that holds the tokens `rows` and with them whole sequences. (n,) fp32."""
+        index = self.index._replace(
+            sequence_index=self.index.sequence_index[rows], step_index=self.index.step_index[rows]
+        )
+        ratio = logp - ref_logps[rows]
+        block = segment_ratios(ratio, index, self.options)
+        sums = logp_sums(logp, index)
+        for total, part in zip(
+            self.ratios + self.logps, (block.outcome, block.step, *sums), strict=True
+        ):
+            total += part
+        out = self.loss(block)
+        clipped = is_clipped(ratio, self.options)
+        return token_slopes(out.outcome_slope, out.step_slope, index, clipped).float()
+
+    def loss(self, ratios: SegmentRatios | None = None) -> BatchLoss:
+        if ratios is None:
+            ones = [torch.ones_like(r) for r in self.ratios]
+            ratios = SegmentRatios(*self.ratios, *ones)
+        tokens = self.index.scored_tokens().sum()
+        return batch_loss(
+            ratios, self.logps, self.index, self.baseline, self.normalizer, self.options, tokens
+        )
+
+
+@torch.library.custom_op("stepkto::fused_step_kto", mutates_args=())
+def _fused_step_kto(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ref_logps: Tensor,
+    index: list[Tensor],
+    z_o: Tensor,
+    z_s: Tensor,
+    n_o: Tensor,
+    n_s: Tensor,
+    segment_options: list[float],
+    logit_options: list[float],
+    memory_budget: int | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (), metric totals, and d loss / d hidden, weight, bias, empty where not needed."""
+    idx, options = SegmentIndex(*index), LogitOptions.unpack(logit_options)
+    V, H = weight.shape
+    device = hidden.device
+    head = make_head(hidden, weight, target, bias, options)
+    # Only tokens in a labelled segment can change the loss; the others need no logits.
+    kept = idx.scored_tokens().nonzero()[:, 0]
+    capacity = fused_rows(V, memory_budget, device.type)
+    blocks = token_blocks(idx.sequence_index[kept], capacity)
+    longest = max((len(b) for b in blocks if len(b) <= capacity), default=0)
+    scratch = torch.empty(longest * V, device=device)
+
+    run = _Blocks(idx, (z_o, z_s), (n_o, n_s), SegmentOptions.unpack(segment_options))
+    dhidden = torch.zeros_like(hidden) if needs_hidden else None
+    new = lambda like: torch.zeros(like.shape, dtype=torch.float32, device=device)
+    weights = WeightGradients(
+        new(weight) if needs_weight else None,
+        new(bias) if bias is not None and needs_bias else None,
+    )
+    for block in blocks:
+        rows = kept[block]
+        has_target = target[rows] != options.ignore_index
+        part = replace(head, rows=rows[has_target])
+        tiles = None
+        if part.n <= capacity:
+            tiles, logp, lse, _ = full_rows(part, vocab_tiles(part, scratch, part.n))
+        else:
+            logp, lse, _ = forward(part)
+        # a token without a target counts as one of log-prob 0, as it does in linear_logprobs
+        block_logp = torch.zeros(len(rows), device=device)
+        block_logp[has_target] = logp
+        g = run.slopes(rows, block_logp, ref_logps)[has_target]
+        if not (needs_hidden or needs_weight or needs_bias):
+            continue
+        row = RowGradient(lse, logp, g)
+        wide = torch.zeros(part.n, H, device=device) if needs_hidden else None
+        if tiles is None:
+            recompute_backward(part, row, wide, weights)
+        else:
+            full_rows_backward(part, row, tiles, wide, weights)
+        if dhidden is not None and wide is not None:
+            dhidden[part.rows] = wide.to(hidden.dtype)
+    out = run.loss()
+    empty = lambda: hidden.new_empty(0)
+    return (
+        out.loss.float(),
+        out.totals,
+        empty() if dhidden is None else dhidden,
+        empty() if weights.dweight is None else weights.dweight.to(weight.dtype),
+        empty() if weights.dbias is None else weights.dbias.to(weight.dtype),
+    )
+
+
+@_fused_step_kto.register_fake
+def _(  # type: ignore[no-untyped-def]
+    hidden,
+    weight,
+    target,
+    bias,
+    ref_logps,
+    index,
+    z_o,
+    z_s,
+    n_o,
+    n_s,
+    segment_options,
+    logit_options,
+    memory_budget,
+    needs_hidden,
+    needs_weight,
+    needs_bias,
+):
+    loss = hidden.new_empty((), dtype=torch.float32)
+    totals = hidden.new_empty(len(TOTALS), dtype=torch.float64)
+    like = lambda x, needed: hidden.new_empty(x.shape if needed else 0)
+    return (
+        loss,
+        totals,
+        like(hidden, needs_hidden),
+        like(weight, needs_weight),
+        like(bias, needs_bias),
+    )
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.needs = inputs[-3:]
+    ctx.num_index = len(inputs[5])
+    ctx.set_materialize_grads(False)  # or zeros of the size of all gradients would be made
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
+    if dloss is None:
+        return (None,) * 5 + ([None] * ctx.num_index,) + (None,) * 10
+    # In place: a second (V, H) tensor would double what the loss holds. A second backward pass over
+    # the same loss then raises, as autograd sees that saved tensors were changed.
+    scale = torch.Tensor.mul if torch.compiler.is_compiling() else torch.Tensor.mul_
+    grads = (
+        scale(grad, dloss.to(grad.dtype)) if needed else None
+        for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    dhidden, dweight, dbias = grads
+    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 10
+
+
+_fused_step_kto.register_autograd(_backward, setup_context=_setup_context)
+
+
+def fused_linear_step_kto_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    segments: StepSegments,
+    ref_logps: Tensor,
+    baseline: KLBaseline | None = None,
+    bias: Tensor | None = None,
+    *,
+    config: StepKTOConfig = StepKTOConfig(),  # noqa: B008, frozen
+    normalizer: LossNormalizer | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    group: Group | None = None,
+) -> tuple[Tensor, StepKTOMetrics]:
+    """step_kto_loss of linear_logprobs in one pass over the head: 3 GEMM units in place of 4.
+
+    Args:
+        hidden: (..., H) fp32, bf16 or fp16 with N tokens in the order of `segments`.
+        weight: (V, H), dtype of `hidden`.
+        target: (...) int64, already shifted. `ignore_index` takes a token out.
+        segments: layout and labels. Tokens outside of labelled segments cost nothing.
+        ref_logps: (...) fp32, reference log-probs, nats.
+        baseline, config, normalizer: as `step_kto_loss`. reference_point "matched" without a
+            baseline needs all log-probs before the first gradient and so costs 4 units.
+        bias: (V,), dtype of `hidden`.
+        temperature, logit_scale, softcap, backend, group: as `linear_logprobs`.
+        memory_budget: bytes for the fp32 logits held at once, V * 4 a token; None takes
+            plan.FUSED_BYTES. A sequence that does not fit costs 4 units instead of 3. At least 16
+            tokens are held.
+    Returns:
+        loss: () fp32. The gradients are computed along with it and kept until `backward`, which can
+        be called once.
+        metrics: of this batch.
+    Raises:
+        ValueError: as `linear_logprobs` and `step_kto_loss`.
+    """
+    dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
+    check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
+    options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
+    tokens = segments.num_tokens
+    got = f"shape {tuple(target.shape)}"
+    checks.require(target.numel() == tokens, "target", f"segments' N = {tokens} elements", got)
+    checks.same_device("segments", segments, "hidden", hidden)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    checks.ref_logps(ref_logps, target.shape, wide, hidden.device)
+    z, matched = resolve_baseline(baseline, config, hidden.device)
+    n = resolve_normalizer(normalizer, segments, config)
+    if matched or backends.resolve(backend, hidden.device) == "reference":
+        logps = linear_logprobs(
+            hidden,
+            weight,
+            target,
+            bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            memory_budget=memory_budget,
+            backend=backend,
+        )
+        return step_kto_loss(logps, ref_logps, segments, baseline, config, normalizer)
+    loss, totals, *_ = _fused_step_kto(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        target.reshape(-1),
+        bias,
+        ref_logps.detach().reshape(-1),
+        list(SegmentIndex.of(segments)),
+        *z,
+        *n,
+        config.segment_options().pack(),
+        options.pack(),
+        memory_budget,
+        wants_grad(hidden),
+        wants_grad(weight),
+        wants_grad(bias),
+    )
+    return loss, StepKTOMetrics(totals)

@@ -1,0 +1,359 @@
+"""Passes over the lm_head in tiles: a GEMM by torch, row work by rows.py, never N x V at once.
+
+Letters: N tokens of the batch, n tokens of a Head (those that are kept), H hidden size,
+V vocabulary, v columns of a vocabulary chunk, R cached rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stepkto_kernels.config import LogitOptions
+from stepkto_kernels.plan import cut
+from stepkto_kernels.rows import (
+    Fold,
+    LogSumExp,
+    RowGradient,
+    cap_slope,
+    columns,
+    dlogits_,
+    transform_,
+)
+
+MIN_GEMM = 16  # below this many rows or columns a CPU GEMM gives a row other bits
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The tokens of one call, the lm_head, and how both are cut into tiles.
+
+    `rows` are the tokens that are kept; on the CPU the ignored ones are never computed. None keeps
+    all: on a GPU, counting them would wait for the device.
+    """
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    target: Tensor  # (N,) int64
+    bias: Tensor | None  # (V,)
+    options: LogitOptions
+    token_chunk: int
+    vocab_chunk: int
+    rows: Tensor | None = None  # (n,) int64, ascending
+
+    def keep(self, mask: Tensor) -> Head:
+        """Drop the tokens where mask (N,) is False, where that needs no wait for a device."""
+        if mask.device.type != "cpu" or bool(mask.all()):
+            return self
+        return replace(self, rows=mask.nonzero()[:, 0])
+
+    @property
+    def n(self) -> int:
+        return self.hidden.shape[0] if self.rows is None else self.rows.shape[0]
+
+    @property
+    def token_slices(self) -> list[slice]:
+        return cut(self.n, self.token_chunk)
+
+    @property
+    def vocab_slices(self) -> list[slice]:
+        return cut(self.weight.shape[0], self.vocab_chunk)
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        """CPU GEMMs would round narrow results, so there everything is widened first."""
+        return torch.float32 if self.hidden.device.type == "cpu" else self.hidden.dtype
+
+    def take(self, full: Tensor, tokens: slice) -> Tensor:
+        """Rows `tokens` of the kept tokens, out of a tensor over all N."""
+        return full[tokens] if self.rows is None else full[self.rows[tokens]]
+
+    def spread(self, kept: Tensor) -> Tensor:
+        """The inverse: kept tokens (n, ...) into all tokens (N, ...), 0 elsewhere."""
+        if self.rows is None:
+            return kept
+        full = kept.new_zeros(self.hidden.shape[0], *kept.shape[1:])
+        full[self.rows] = kept
+        return full
+
+    def hidden_tile(self, tokens: slice) -> Tensor:
+        return self.take(self.hidden, tokens).to(self.gemm_dtype)
+
+    def weight_tile(self, vocab: slice) -> Tensor:
+        return self.weight[vocab].to(self.gemm_dtype)
+
+    def logits(self, h: Tensor, w: Tensor, vocab: slice, out: Tensor | None = None) -> Tensor:
+        """Transformed logits z of a tile, (len(h), len(w)) fp32, contiguous."""
+        bias = None if self.bias is None else self.bias[vocab].float()
+        return transform_(mm(h, w.T, out), bias, self.options)
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in fp32, into `out` where given. A row's bits do not depend on the number of rows."""
+    if a.device.type == "cpu":
+        n, v = a.shape[0], b.shape[1]
+        if n < MIN_GEMM or v < MIN_GEMM:
+            a = torch.nn.functional.pad(a, (0, 0, 0, max(MIN_GEMM - n, 0)))
+            b = torch.nn.functional.pad(b, (0, max(MIN_GEMM - v, 0)))
+            product = torch.mm(a, b)[:n, :v]
+            return product.contiguous() if out is None else out.copy_(product)
+        return torch.mm(a, b, out=out) if out is not None else torch.mm(a, b)
+    if a.dtype == torch.float32:
+        product = torch.mm(a, b)
+    else:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    return product if out is None else out.copy_(product)
+
+
+def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b. total and a are fp32; a is rounded to b's dtype where that is narrower."""
+    if b.dtype == torch.float32:
+        total.addmm_(a.float(), b)
+    else:
+        total.add_(torch.mm(a.to(b.dtype), b, out_dtype=torch.float32))
+
+
+def forward(head: Head, stats: tuple[str, ...] = ()) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
+    """1 unit. Log-probs of the kept tokens (n,), their log-sum-exp, statistics by name (n,)."""
+    fold = new_fold(head, stats)
+    for chunk, vocab in enumerate(head.vocab_slices):
+        w = head.weight_tile(vocab)
+        for tokens in head.token_slices:
+            z = head.logits(head.hidden_tile(tokens), w, vocab)
+            fold.add(z, head.take(head.target, tokens), tokens, chunk, vocab.start)
+    return fold.finish()
+
+
+def new_fold(head: Head, stats: tuple[str, ...] = ()) -> Fold:
+    return Fold(head.n, len(head.vocab_slices), head.weight.shape[0], stats, head.hidden.device)
+
+
+def forward_frozen(
+    head: Head, stats: tuple[str, ...] = ()
+) -> tuple[Tensor, LogSumExp, dict[str, Tensor], Tensor]:
+    """2 units. As `forward`, and d logp / d hidden (n, H) fp32, with the head taken as constant.
+
+    d logp / d hidden = W[y] - sum_v p[v] W[v], times the slopes of the logit options. The sum is
+    collected like the log-sum-exp: relative to a running maximum, rescaled when that rises.
+    """
+    options = head.options
+    fold = new_fold(head, stats)
+    lowest = torch.finfo(torch.float32).min
+    running = torch.full((head.n,), lowest, device=head.hidden.device)
+    expected = torch.zeros(head.n, head.hidden.shape[1], device=head.hidden.device)
+    for chunk, vocab in enumerate(head.vocab_slices):
+        w = head.weight_tile(vocab)
+        for tokens in head.token_slices:
+            target = head.take(head.target, tokens)
+            z = head.logits(head.hidden_tile(tokens), w, vocab)
+            fold.add(z, target, tokens, chunk, vocab.start)
+            top = torch.maximum(running[tokens], fold.top[tokens, chunk])
+            expected[tokens] *= (running[tokens] - top).exp()[:, None]
+            running[tokens] = top
+            slope = None if options.softcap is None else cap_slope(z, options)
+            z.sub_(top[:, None]).exp_()
+            if slope is not None:
+                z.mul_(slope)
+            # the target's share is added in the end as 1 - p, which must not come from a rounded p
+            column, inside = columns(target, vocab.start, z.shape[1])
+            other = torch.where(inside, 0.0, z.gather(1, column[:, None])[:, 0])
+            z.scatter_(1, column[:, None], other[:, None])
+            add_mm_(expected[tokens], z, w)
+    logp, lse, values = fold.finish()
+    chain = options.logit_scale / options.temperature
+    for tokens in head.token_slices:
+        target = head.take(head.target, tokens)
+        others = -torch.exp(-lse.logsum[tokens]) * chain
+        own = -torch.expm1(logp[tokens]) * chain
+        if options.softcap is not None:
+            own = own * cap_slope(fold.target_logit[tokens], options)
+        expected[tokens] *= others[:, None]
+        own_weight = head.weight[target.clamp(0, head.weight.shape[0] - 1)]
+        expected[tokens] += own[:, None] * own_weight.float()
+    return logp, lse, values, expected
+
+
+def full_rows(
+    head: Head, scratch: list[Tensor] | None = None, stats: tuple[str, ...] = ()
+) -> tuple[list[Tensor], Tensor, LogSumExp, dict[str, Tensor]]:
+    """1 unit. All logits of a few tokens, as one tile z (n, v) a vocabulary chunk.
+
+    Returns the tiles, in `scratch` where it is given, and what `forward` does.
+    """
+    everything = slice(0, head.n)
+    fold = new_fold(head, stats)
+    h, target = head.hidden_tile(everything), head.take(head.target, everything)
+    tiles = []
+    for chunk, vocab in enumerate(head.vocab_slices):
+        out = None if scratch is None else scratch[chunk]
+        z = head.logits(h, head.weight_tile(vocab), vocab, out)
+        fold.add(z, target, everything, chunk, vocab.start)
+        tiles.append(z)
+    return tiles, *fold.finish()
+
+
+def vocab_tiles(head: Head, flat: Tensor, rows: int) -> list[Tensor]:
+    """Memory (at least rows * V,) as one contiguous (rows, v) tile a vocabulary chunk."""
+    return [
+        flat[rows * v.start : rows * v.stop].view(rows, v.stop - v.start) for v in head.vocab_slices
+    ]
+
+
+def forward_cached(
+    head: Head, rows: int, stats: tuple[str, ...] = ()
+) -> tuple[Tensor, LogSumExp, dict[str, Tensor], Tensor]:
+    """1 unit. As `forward`, and (onehot - p) of the first `rows` kept tokens in the input dtype.
+
+    The slopes of the logit options are in it. rows is what there is room for; fewer may be kept.
+    """
+    V = head.weight.shape[0]
+    cache = torch.empty(rows * V, dtype=head.hidden.dtype, device=head.hidden.device)
+    tiles = vocab_tiles(head, cache, rows)
+    in_place = cache.dtype == torch.float32
+    used = min(rows, head.n)
+    parts = []
+    for tokens in cut(used, head.token_chunk):
+        part = subset(head, tokens)
+        scratch = [tile[tokens] for tile in tiles] if in_place else None
+        z_tiles, logp, lse, values = full_rows(part, scratch, stats)
+        parts.append((logp, lse, values))
+        row = RowGradient(lse, logp, dlogp=None)
+        target = head.take(head.target, tokens)
+        for z, tile, vocab in zip(z_tiles, tiles, head.vocab_slices, strict=True):
+            d = dlogits_(z, target, vocab.start, row, head.options)
+            if not in_place:
+                tile[tokens] = d
+    parts.append(forward(subset(head, slice(used, head.n)), stats))
+    logps, lses, all_values = zip(*parts, strict=True)
+    lse = LogSumExp(torch.cat([p.top for p in lses]), torch.cat([p.logsum for p in lses]))
+    values = {name: torch.cat([p[name] for p in all_values]) for name in stats}
+    return torch.cat(logps), lse, values, cache
+
+
+def subset(head: Head, tokens: slice | Tensor) -> Head:
+    """The head with some of its kept tokens only."""
+    if head.rows is None:
+        rows = torch.arange(head.n, device=head.hidden.device)
+    else:
+        rows = head.rows
+    return replace(head, rows=rows[tokens])
+
+
+class WeightGradients:
+    """Gradients of weight and bias, collected in fp32 and rounded once.
+
+    A fp32 tensor is added to in place, over as many visits of a vocabulary chunk as it takes. A
+    narrower one is written when its chunk ends, so each chunk may be visited once.
+    """
+
+    def __init__(self, dweight: Tensor | None, dbias: Tensor | None):
+        self.dweight = dweight  # (V, H)
+        self.dbias = dbias  # (V,)
+
+    def begin(self, vocab: slice) -> tuple[Tensor | None, Tensor | None]:
+        """fp32 tensors (v, H) and (v,) to add the chunk's gradients to."""
+        return _wide_chunk(self.dweight, vocab), _wide_chunk(self.dbias, vocab)
+
+    def end(self, vocab: slice, chunk: tuple[Tensor | None, Tensor | None]) -> None:
+        for full, part in zip((self.dweight, self.dbias), chunk, strict=True):
+            if full is not None and part is not None and full.dtype != torch.float32:
+                full[vocab] = part
+
+
+def _wide_chunk(full: Tensor | None, vocab: slice) -> Tensor | None:
+    if full is None or full.dtype == torch.float32:
+        return None if full is None else full[vocab]
+    return torch.zeros_like(full[vocab], dtype=torch.float32)
+
+
+def _accumulate(
+    d: Tensor,
+    h: Tensor,
+    w: Tensor,
+    dhidden: Tensor | None,
+    chunk: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Add what the dlogits d (n, v) of a tile give to dhidden (n, H) and the chunk's gradients."""
+    dweight, dbias = chunk
+    if dhidden is not None:
+        add_mm_(dhidden, d, w)
+    if dweight is not None:
+        add_mm_(dweight, d.T, h)
+    if dbias is not None:
+        dbias += d.sum(0)
+
+
+def _recompute_chunk(
+    head: Head,
+    row: RowGradient,
+    vocab: slice,
+    w: Tensor,
+    dhidden: Tensor | None,
+    chunk: tuple[Tensor | None, Tensor | None],
+) -> None:
+    for tokens in head.token_slices:
+        h, target = head.hidden_tile(tokens), head.take(head.target, tokens)
+        z = head.logits(h, w, vocab)
+        d = dlogits_(z, target, vocab.start, row.rows(tokens), head.options)
+        _accumulate(d, h, w, None if dhidden is None else dhidden[tokens], chunk)
+
+
+def recompute_backward(
+    head: Head, row: RowGradient, dhidden: Tensor | None, weights: WeightGradients
+) -> None:
+    """1 unit to rebuild the logits and 1 for each gradient.
+
+    row: of the kept tokens. dhidden: (n, H) fp32 that is added to, None if not wanted.
+    """
+    for vocab in head.vocab_slices:
+        chunk = weights.begin(vocab)
+        _recompute_chunk(head, row, vocab, head.weight_tile(vocab), dhidden, chunk)
+        weights.end(vocab, chunk)
+
+
+def full_rows_backward(
+    head: Head,
+    row: RowGradient,
+    tiles: list[Tensor],
+    dhidden: Tensor | None,
+    weights: WeightGradients,
+) -> None:
+    """1 unit for each gradient, from the logits that `full_rows` left of all kept tokens."""
+    everything = slice(0, head.n)
+    h, target = head.hidden_tile(everything), head.take(head.target, everything)
+    for vocab, z in zip(head.vocab_slices, tiles, strict=True):
+        chunk = weights.begin(vocab)
+        d = dlogits_(z, target, vocab.start, row, head.options)
+        _accumulate(d, h, head.weight_tile(vocab), dhidden, chunk)
+        weights.end(vocab, chunk)
+
+
+def cached_backward(
+    head: Head,
+    cache: Tensor,
+    rows: int,
+    row: RowGradient,
+    dhidden: Tensor | None,
+    weights: WeightGradients,
+) -> None:
+    """1 unit for each gradient of the cached tokens; the rest is recomputed.
+
+    dhidden = g * (D @ W), dweight = D.T @ (g * hidden), D = onehot - p.
+    """
+    assert row.dlogp is not None
+    used = min(rows, head.n)
+    rest = slice(used, head.n)
+    not_cached, rest_row = subset(head, rest), row.rows(rest)
+    rest_dhidden = None if dhidden is None else dhidden[rest]
+    cached_slices = cut(used, head.token_chunk)
+    for vocab, tile in zip(head.vocab_slices, vocab_tiles(head, cache, rows), strict=True):
+        chunk = weights.begin(vocab)
+        w = head.weight_tile(vocab)
+        for tokens in cached_slices:
+            d = tile[tokens].float() * row.dlogp[tokens, None]
+            h = head.hidden_tile(tokens)
+            _accumulate(d, h, w, None if dhidden is None else dhidden[tokens], chunk)
+        _recompute_chunk(not_cached, rest_row, vocab, w, rest_dhidden, chunk)
+        weights.end(vocab, chunk)

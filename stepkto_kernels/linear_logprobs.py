@@ -1,0 +1,412 @@
+"""Log-probability of each target under an lm_head, without ever holding the (N, V) logits.
+
+    logp[t] = z[t, target[t]] - logsumexp_v z[t, v]
+    z = cap(logit_scale * (hidden @ weight.T + bias)) / temperature
+    d logp[t] / d z[t, :] = onehot(target[t]) - softmax(z[t, :])
+
+plan.py chooses the mode; head.py has the passes. Modes differ in what they keep for the backward
+pass: nothing of size V (recompute), (onehot - p) for some rows (cached), d logp / d hidden (frozen
+head). All of them give the same bits in the forward pass.
+Letters: N tokens (leading dimensions flattened), H hidden size, V vocabulary, R cached rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepkto_kernels import backend as backends
+from stepkto_kernels import checks, reference
+from stepkto_kernels.config import LogitOptions
+from stepkto_kernels.head import (
+    Head,
+    WeightGradients,
+    cached_backward,
+    forward,
+    forward_cached,
+    forward_frozen,
+    recompute_backward,
+)
+from stepkto_kernels.plan import HeadPlan, plan_head, token_chunk, vocab_chunk
+from stepkto_kernels.rows import STATS, LogSumExp, RowGradient
+
+Group = torch.distributed.ProcessGroup
+
+
+class LogprobStats(NamedTuple):
+    """Statistics of each token's distribution, (...) each; None if not asked for, 0 where ignored.
+
+    entropy: fp32, nats, differentiable. mean_logit: fp32, mean of z over the vocabulary.
+    is_top1: bool, no logit is larger than the target's. log_sum_sq_prob: fp32, log sum_v p[v]**2.
+    """
+
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_prob: Tensor | None = None
+
+
+def make_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: LogitOptions,
+) -> Head:
+    """Head over the tokens that are not ignored; checks targets on the CPU."""
+    device = hidden.device.type
+    scored = target != options.ignore_index
+    V = weight.shape[0]
+    checks.targets(target, scored, V, options.ignore_index)
+    chunks = token_chunk(device), vocab_chunk(V, device)
+    return Head(hidden, weight, target, bias, options, *chunks).keep(scored)
+
+
+def _plan(
+    hidden: Tensor,
+    weight: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    stats: Sequence[str],
+    memory_budget: int | None,
+) -> HeadPlan:
+    return plan_head(
+        hidden.shape[0],
+        weight.shape[0],
+        hidden.element_size(),
+        hidden.device.type,
+        needs_hidden=needs_hidden,
+        needs_weight=needs_weight or needs_bias,
+        needs_entropy="entropy" in stats,
+        memory_budget=memory_budget,
+    )
+
+
+@torch.library.custom_op("stepkto::linear_logprobs", mutates_args=())
+def _linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: list[float],
+    stats: str,
+    memory_budget: int | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp (N,), stats (K, N), top (N,), logsum (N,), dlogp/dhidden (N, H), cache (R * V,).
+
+    The last two are empty in the modes that do without. stats: K names, joined by spaces.
+    """
+    names = tuple(stats.split())
+    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, names, memory_budget)
+    head = make_head(hidden, weight, target, bias, LogitOptions.unpack(options))
+    dlogp_dhidden, cache = hidden.new_empty(0), hidden.new_empty(0)
+    if plan.mode == "frozen":
+        logp, lse, values, row = forward_frozen(head, names)
+        dlogp_dhidden = head.spread(row.to(hidden.dtype))
+    elif plan.mode == "cached":
+        logp, lse, values, cache = forward_cached(head, plan.cached_rows, names)
+    else:
+        logp, lse, values = forward(head, names)
+    if head.rows is None:  # the ignored tokens were computed along
+        scored = target != head.options.ignore_index
+        logp = torch.where(scored, logp, 0.0)
+        values = {name: torch.where(scored, value, 0.0) for name, value in values.items()}
+    rows = [head.spread(values[name]) for name in names]
+    stacked = torch.stack(rows) if rows else logp.new_empty(0, hidden.shape[0])
+    outputs = head.spread(logp), stacked, head.spread(lse.top), head.spread(lse.logsum)
+    return *outputs, dlogp_dhidden, cache
+
+
+@_linear_logprobs.register_fake
+def _(  # type: ignore[no-untyped-def]
+    hidden,
+    weight,
+    target,
+    bias,
+    options,
+    stats,
+    memory_budget,
+    needs_hidden,
+    needs_weight,
+    needs_bias,
+):
+    names = stats.split()
+    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, names, memory_budget)
+    N, H = hidden.shape
+    row = lambda: hidden.new_empty(N, dtype=torch.float32)
+    stacked = hidden.new_empty(len(names), N, dtype=torch.float32)
+    dlogp_dhidden = hidden.new_empty(N, H) if plan.mode == "frozen" else hidden.new_empty(0)
+    cache = hidden.new_empty(plan.cached_rows * weight.shape[0])
+    return row(), stacked, row(), row(), dlogp_dhidden, cache
+
+
+@torch.library.custom_op("stepkto::linear_logprobs_bwd", mutates_args=())
+def _linear_logprobs_bwd(
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logp: Tensor,
+    top: Tensor,
+    logsum: Tensor,
+    dlogp_dhidden: Tensor,
+    cache: Tensor,
+    options: list[float],
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden (N, H), dweight (V, H), dbias (V,); empty where not needed."""
+    opts = LogitOptions.unpack(options)
+    dlogp = torch.where(target != opts.ignore_index, dlogp, 0.0)
+    if dlogp_dhidden.numel():
+        dhidden = (dlogp[:, None] * dlogp_dhidden).to(hidden.dtype)
+        return dhidden, weight.new_empty(0), weight.new_empty(0)
+    stats = [] if entropy is None else ["entropy"]
+    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, stats, memory_budget)
+    head = make_head(hidden, weight, target, bias, opts)
+    if plan.mode != "cached":  # tokens without a gradient are not rebuilt
+        pulled = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+        head = head.keep(pulled & (target != opts.ignore_index))
+    row = RowGradient(LogSumExp(top, logsum), logp, dlogp, dentropy, entropy)
+    row = row.rows(slice(None) if head.rows is None else head.rows)
+
+    wide = torch.zeros(head.n, hidden.shape[1], device=hidden.device) if needs_hidden else None
+    weights = WeightGradients(
+        torch.zeros_like(weight) if needs_weight else None,
+        torch.zeros_like(bias) if bias is not None and needs_bias else None,
+    )
+    if plan.mode == "cached":
+        cached_backward(head, cache, plan.cached_rows, row, wide, weights)
+    else:
+        recompute_backward(head, row, wide, weights)
+    dweight = weight.new_empty(0) if weights.dweight is None else weights.dweight
+    dbias = weight.new_empty(0) if weights.dbias is None else weights.dbias
+    dhidden = hidden.new_empty(0) if wide is None else head.spread(wide.to(hidden.dtype))
+    return dhidden, dweight, dbias
+
+
+@_linear_logprobs_bwd.register_fake
+def _(  # type: ignore[no-untyped-def]
+    dlogp,
+    dentropy,
+    entropy,
+    hidden,
+    weight,
+    target,
+    bias,
+    logp,
+    top,
+    logsum,
+    dlogp_dhidden,
+    cache,
+    options,
+    needs_hidden,
+    needs_weight,
+    needs_bias,
+    memory_budget,
+):
+    dhidden = hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0)
+    dweight = weight.new_empty(weight.shape) if needs_weight else weight.new_empty(0)
+    dbias = bias.new_empty(bias.shape) if needs_bias else weight.new_empty(0)
+    return dhidden, dweight, dbias
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    hidden, weight, target, bias, options, stats, memory_budget, *needs = inputs
+    logp, stacked, top, logsum, dlogp_dhidden, cache = output
+    ctx.call = (options, *needs, memory_budget)
+    names = stats.split()
+    ctx.entropy_row = names.index("entropy") if "entropy" in names else None
+    ctx.set_materialize_grads(False)  # or zeros as large as the cache would be made for it
+    ctx.save_for_backward(
+        hidden, weight, target, bias, logp, stacked, top, logsum, dlogp_dhidden, cache
+    )
+
+
+def _backward(ctx, dlogp, dstacked, *unused):  # type: ignore[no-untyped-def]
+    hidden, weight, target, bias, logp, stacked, *kept = ctx.saved_tensors
+    if dlogp is None:
+        dlogp = torch.zeros_like(logp)
+    row = ctx.entropy_row
+    dentropy = entropy = None
+    if row is not None:
+        entropy = stacked[row]
+        dentropy = torch.zeros_like(entropy) if dstacked is None else dstacked[row]
+    grads = _linear_logprobs_bwd(
+        dlogp, dentropy, entropy, hidden, weight, target, bias, logp, *kept, *ctx.call
+    )
+    needed = ctx.call[1:4]
+    dhidden, dweight, dbias = (g if n else None for g, n in zip(grads, needed, strict=True))
+    return dhidden, dweight, None, dbias, None, None, None, None, None, None
+
+
+_linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    memory_budget: int | None,
+    group: Group | None,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Shapes, dtypes and devices that every op over an lm_head asks for."""
+    checks.tensor("hidden", hidden, dtypes=dtypes)
+    checks.require(hidden.ndim >= 1, "hidden", "shape (..., H)", "shape ()")
+    H = hidden.shape[-1]
+    checks.tensor("weight", weight, dtypes=(hidden.dtype,), ndim=2)
+    V = weight.shape[0]
+    checks.shape("weight", weight, (V, H), "(V, H)")
+    checks.require(V > 0, "weight", "at least one row", f"shape {tuple(weight.shape)}")
+    checks.tensor("target", target, dtypes=(torch.int64,))
+    checks.shape("target", target, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
+    named = {"weight": weight, "target": target}
+    if bias is not None:
+        checks.tensor("bias", bias, dtypes=(hidden.dtype,))
+        checks.shape("bias", bias, (V,), "(V,)")
+        named["bias"] = bias
+    for name, value in named.items():
+        checks.same_device(name, value, "hidden", hidden)
+    if memory_budget is not None:
+        is_int = isinstance(memory_budget, int) and not isinstance(memory_budget, bool)
+        want = "a number of bytes >= 0, or None"
+        checks.require(is_int and memory_budget >= 0, "memory_budget", want, repr(memory_budget))
+    want = "None: sharded heads are not supported in this version"
+    checks.require(group is None, "group", want, group)
+
+
+def wants_grad(value: Tensor | None) -> bool:
+    return value is not None and value.requires_grad and torch.is_grad_enabled()
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    group: Group | None = None,
+) -> Tensor:
+    """Log-probability of each target, in nats, differentiable in hidden, weight and bias.
+
+    Args:
+        hidden: (..., H) fp32, bf16 or fp16, any strides.
+        weight: (V, H), dtype of `hidden`.
+        target: (...) int64 in [0, V), already shifted, or `ignore_index`.
+        bias: (V,), dtype of `hidden`.
+        temperature, logit_scale, softcap: z = cap(logit_scale * (hidden @ weight.T + bias)) /
+            temperature with cap(x) = softcap * tanh(x / softcap); no cap for None.
+        memory_budget: bytes that may be kept for the backward pass where `weight` or `bias` needs a
+            gradient: rows that fit cost 3 GEMM units in all, the others 4.
+        backend: "auto", or one of `available_backends()`.
+        group: process group over which `weight` is sharded along V; not in this version.
+    Returns:
+        (...) fp32; 0 with zero gradient where target is ignored. Gradients have the dtype of their
+        input and are accumulated in fp32. On the CPU the bits of a token's log-prob depend on that
+        token alone: not on the batch, its order, the memory budget, or which gradients are needed.
+    Raises:
+        ValueError: a shape, dtype, device or option is not as above, a backend cannot serve the
+            call, or, on the CPU, a target is out of range (a GPU is not waited for).
+    Error: at most 2x that of log_softmax of materialised logits in the same dtype, against fp64
+        (tests/test_linear_logprobs.py).
+    """
+    return linear_logprobs_with_stats(
+        hidden,
+        weight,
+        target,
+        bias,
+        stats=(),
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        memory_budget=memory_budget,
+        backend=backend,
+        group=group,
+    )[0]
+
+
+def linear_logprobs_with_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stats: Sequence[str] = STATS,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    group: Group | None = None,
+) -> tuple[Tensor, LogprobStats]:
+    """`linear_logprobs` and statistics of each token's distribution from the same pass.
+
+    Args:
+        stats: which of "entropy", "mean_logit", "is_top1", "log_sum_sq_prob"; only those are
+            computed. "entropy" with gradient needs p itself and so always runs in recompute mode;
+            call under torch.no_grad, or leave it out, where it is only logged.
+        Others: as `linear_logprobs`.
+    Returns:
+        log-probs (...) fp32, and LogprobStats of (...) tensors.
+    Raises:
+        ValueError: as `linear_logprobs`, or an unknown name in `stats`.
+    """
+    dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
+    check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
+    for name in stats:
+        checks.choice("stats", name, STATS)
+    options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
+    if backends.resolve(backend, hidden.device) == "reference":
+        logps, values = reference.linear_logprobs_with_stats(
+            hidden,
+            weight,
+            target,
+            bias,
+            stats=stats,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=ignore_index,
+        )
+        return logps, LogprobStats(**values)
+    logps, stacked, *_ = _linear_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        target.reshape(-1),
+        bias,
+        options.pack(),
+        " ".join(stats),
+        memory_budget,
+        wants_grad(hidden),
+        wants_grad(weight),
+        wants_grad(bias),
+    )
+    values = {name: row.view(target.shape) for name, row in zip(stats, stacked, strict=True)}
+    for name in values:
+        if name == "is_top1":
+            values[name] = values[name] > 0
+        elif name != "entropy":
+            values[name] = values[name].detach()
+    return logps.view(target.shape), LogprobStats(**values)
