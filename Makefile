@@ -6,13 +6,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test setup clean
+.PHONY: demo test results setup clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output out/demo $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every figure of README.md, measured again. Run it on an idle machine.
+results: $(READY)
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python examples/demo.py --output out/demo
+	cp out/demo/results.json benchmarks/results/demo.json
+	$(BIN)/python benchmarks/readme.py
 
 setup: $(READY)
 

@@ -18,6 +18,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
@@ -138,41 +139,7 @@ def main() -> int:
         mode, N, V = args.case
         run(mode, int(N), int(V), args.device)
         return 0
-    rows, failed = [], []
-    print(f"{'mode':<10} {'N':>5} {'V':>6} {'N*V*4 MiB':>10} {'extra MiB':>10} {'planned MiB':>12}")
-    for mode in MODES:
-        for N, V in SIZES:
-            command = [
-                sys.executable,
-                __file__,
-                "--device",
-                args.device,
-                "--case",
-                mode,
-                str(N),
-                str(V),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{mode} N={N} V={V} failed:\n{done.stderr}")
-            row = {
-                "mode": mode,
-                "N": N,
-                "H": H,
-                "V": V,
-                "extra_mib": round(json.loads(done.stdout), 1),
-            }
-            row["planned_mib"] = (
-                None if mode == "naive" else round(planned(mode, N, V, args.device), 1)
-            )
-            rows.append(row)
-            plan_text = "-" if row["planned_mib"] is None else f"{row['planned_mib']:.0f}"
-            logits = N * V * 4 / MIB
-            print(
-                f"{mode:<10} {N:>5} {V:>6} {logits:>10.0f} {row['extra_mib']:>10.1f} {plan_text:>12}"
-            )
-            if row["planned_mib"] is not None and row["extra_mib"] > row["planned_mib"] + SLACK:
-                failed.append(row)
+    rows = [measure(mode, N, V, args.device) for mode in MODES for N, V in SIZES]
     result = {
         "benchmark": "memory",
         **environment(args.device),
@@ -182,9 +149,25 @@ def main() -> int:
     output = args.output or pathlib.Path(__file__).parent / f"results/memory_{args.device}.json"
     output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {output}")
-    for row in failed:
+    over = [r for r in rows if r["planned_mib"] and r["extra_mib"] > r["planned_mib"] + SLACK]
+    for row in over:
         print(f"more than planned: {row}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if over else 0
+
+
+def measure(mode: str, N: int, V: int, device: str) -> dict[str, Any]:
+    """One case in a fresh process, printed as a line and returned as a row of the results."""
+    case = ["--device", device, "--case", mode, str(N), str(V)]
+    done = subprocess.run([sys.executable, __file__, *case], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{mode} N={N} V={V} failed:\n{done.stderr}")
+    row = {"mode": mode, "N": N, "H": H, "V": V, "extra_mib": round(json.loads(done.stdout), 1)}
+    row["planned_mib"] = None if mode == "naive" else round(planned(mode, N, V, device), 1)
+    print(
+        f"{mode:<10} N = {N:>5}  V = {V:>6}  logits {N * V * 4 / MIB:>6.0f} MiB"
+        f"  extra {row['extra_mib']:>7.1f} MiB  planned {row['planned_mib'] or '-':>6} MiB"
+    )
+    return row
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Step-KTO losses (arXiv 2501.10799) on an lm_head, without ever holding the full logits."""
 
+from stepkto_kernels import reference
 from stepkto_kernels.backend import available_backends
 from stepkto_kernels.config import StepKTOConfig
 from stepkto_kernels.fused_step_kto import fused_linear_step_kto_loss
@@ -36,6 +37,7 @@ __all__ = [
     "linear_logprobs",
     "linear_logprobs_with_stats",
     "loss_normalizer",
+    "reference",
     "segment_sums",
     "step_kto_loss",
     "token_logprobs",

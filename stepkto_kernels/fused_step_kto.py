@@ -7,8 +7,6 @@ passes of linear_logprobs instead: forward, then recompute.
 Letters: N tokens, n tokens of a block, H hidden size, V vocabulary, B sequences, S steps.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -138,6 +136,7 @@ def _fused_step_kto(
     n_s: Tensor,
     segment_options: list[float],
     logit_options: list[float],
+    backend: str,
     memory_budget: int | None,
     needs_hidden: bool,
     needs_weight: bool,
@@ -147,7 +146,7 @@ def _fused_step_kto(
     idx, options = SegmentIndex(*index), LogitOptions.unpack(logit_options)
     V, H = weight.shape
     device = hidden.device
-    head = make_head(hidden, weight, target, bias, options)
+    head = make_head(hidden, weight, target, bias, options, backend)
     # Only tokens in a labelled segment can change the loss; the others need no logits.
     kept = idx.scored_tokens().nonzero()[:, 0]
     capacity = fused_rows(V, memory_budget, device.type)
@@ -210,6 +209,7 @@ def _(  # type: ignore[no-untyped-def]
     n_s,
     segment_options,
     logit_options,
+    backend,
     memory_budget,
     needs_hidden,
     needs_weight,
@@ -236,7 +236,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
     if dloss is None:
-        return (None,) * 5 + ([None] * ctx.num_index,) + (None,) * 10
+        return *[None] * 5, [None] * ctx.num_index, *[None] * 11
     # In place: a second (V, H) tensor would double what the loss holds. A second backward pass over
     # the same loss then raises, as autograd sees that saved tensors were changed.
     scale = torch.Tensor.mul if torch.compiler.is_compiling() else torch.Tensor.mul_
@@ -245,7 +245,7 @@ def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
         for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
     dhidden, dweight, dbias = grads
-    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 10
+    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 11
 
 
 _fused_step_kto.register_autograd(_backward, setup_context=_setup_context)
@@ -303,7 +303,8 @@ def fused_linear_step_kto_loss(
     checks.ref_logps(ref_logps, target.shape, wide, hidden.device)
     z, matched = resolve_baseline(baseline, config, hidden.device)
     n = resolve_normalizer(normalizer, segments, config)
-    if matched or backends.resolve(backend, hidden.device) == "reference":
+    backend = backends.resolve(backend, hidden.device)
+    if matched or backend == "reference":
         logps = linear_logprobs(
             hidden,
             weight,
@@ -328,6 +329,7 @@ def fused_linear_step_kto_loss(
         *n,
         config.segment_options().pack(),
         options.pack(),
+        backend,
         memory_budget,
         wants_grad(hidden),
         wants_grad(weight),

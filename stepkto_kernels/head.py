@@ -1,4 +1,6 @@
-"""Passes over the lm_head in tiles: a GEMM by torch, row work by rows.py, never N x V at once.
+"""Passes over the lm_head in tiles: a GEMM by torch, row work by rows.py or native.py.
+
+Nothing of size N x V is ever held, but for the rows of the cached mode.
 
 Letters: N tokens of the batch, n tokens of a Head (those that are kept), H hidden size,
 V vocabulary, v columns of a vocabulary chunk, R cached rows.
@@ -7,21 +9,16 @@ V vocabulary, v columns of a vocabulary chunk, R cached rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from stepkto_kernels import native
+from stepkto_kernels import rows as torch_rows
 from stepkto_kernels.config import LogitOptions
 from stepkto_kernels.plan import cut
-from stepkto_kernels.rows import (
-    Fold,
-    LogSumExp,
-    RowGradient,
-    cap_slope,
-    columns,
-    dlogits_,
-    transform_,
-)
+from stepkto_kernels.rows import LogSumExp, RowGradient, Tile, cap_slope
 
 MIN_GEMM = 16  # below this many rows or columns a CPU GEMM gives a row other bits
 
@@ -39,6 +36,7 @@ class Head:
     target: Tensor  # (N,) int64
     bias: Tensor | None  # (V,)
     options: LogitOptions
+    backend: str  # "torch" or "native": whose row kernels work on the tiles
     token_chunk: int
     vocab_chunk: int
     rows: Tensor | None = None  # (n,) int64, ascending
@@ -84,10 +82,21 @@ class Head:
     def weight_tile(self, vocab: slice) -> Tensor:
         return self.weight[vocab].to(self.gemm_dtype)
 
-    def logits(self, h: Tensor, w: Tensor, vocab: slice, out: Tensor | None = None) -> Tensor:
-        """Transformed logits z of a tile, (len(h), len(w)) fp32, contiguous."""
+    @property
+    def kernels(self) -> ModuleType:
+        return native if self.backend == "native" else torch_rows
+
+    def tile(
+        self, tokens: slice, h: Tensor, w: Tensor, vocab: slice, out: Tensor | None = None
+    ) -> Tile:
+        """Logits of some tokens and a vocabulary chunk, ready for the row kernels. 1 GEMM."""
         bias = None if self.bias is None else self.bias[vocab].float()
-        return transform_(mm(h, w.T, out), bias, self.options)
+        tile = Tile(mm(h, w.T, out), self.take(self.target, tokens), vocab.start, bias)
+        return self.kernels.prepare(tile, self.options)
+
+    def new_fold(self, stats: tuple[str, ...] = ()) -> torch_rows.Fold:
+        V, chunks = self.weight.shape[0], len(self.vocab_slices)
+        return self.kernels.Fold(self.n, chunks, V, stats, self.options, self.hidden.device)
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -117,17 +126,12 @@ def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def forward(head: Head, stats: tuple[str, ...] = ()) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
     """1 unit. Log-probs of the kept tokens (n,), their log-sum-exp, statistics by name (n,)."""
-    fold = new_fold(head, stats)
+    fold = head.new_fold(stats)
     for chunk, vocab in enumerate(head.vocab_slices):
         w = head.weight_tile(vocab)
         for tokens in head.token_slices:
-            z = head.logits(head.hidden_tile(tokens), w, vocab)
-            fold.add(z, head.take(head.target, tokens), tokens, chunk, vocab.start)
+            fold.add(head.tile(tokens, head.hidden_tile(tokens), w, vocab), tokens, chunk)
     return fold.finish()
-
-
-def new_fold(head: Head, stats: tuple[str, ...] = ()) -> Fold:
-    return Fold(head.n, len(head.vocab_slices), head.weight.shape[0], stats, head.hidden.device)
 
 
 def forward_frozen(
@@ -139,28 +143,15 @@ def forward_frozen(
     collected like the log-sum-exp: relative to a running maximum, rescaled when that rises.
     """
     options = head.options
-    fold = new_fold(head, stats)
-    lowest = torch.finfo(torch.float32).min
-    running = torch.full((head.n,), lowest, device=head.hidden.device)
+    fold = head.new_fold(stats)
     expected = torch.zeros(head.n, head.hidden.shape[1], device=head.hidden.device)
     for chunk, vocab in enumerate(head.vocab_slices):
         w = head.weight_tile(vocab)
         for tokens in head.token_slices:
-            target = head.take(head.target, tokens)
-            z = head.logits(head.hidden_tile(tokens), w, vocab)
-            fold.add(z, target, tokens, chunk, vocab.start)
-            top = torch.maximum(running[tokens], fold.top[tokens, chunk])
-            expected[tokens] *= (running[tokens] - top).exp()[:, None]
-            running[tokens] = top
-            slope = None if options.softcap is None else cap_slope(z, options)
-            z.sub_(top[:, None]).exp_()
-            if slope is not None:
-                z.mul_(slope)
-            # the target's share is added in the end as 1 - p, which must not come from a rounded p
-            column, inside = columns(target, vocab.start, z.shape[1])
-            other = torch.where(inside, 0.0, z.gather(1, column[:, None])[:, 0])
-            z.scatter_(1, column[:, None], other[:, None])
-            add_mm_(expected[tokens], z, w)
+            tile = head.tile(tokens, head.hidden_tile(tokens), w, vocab)
+            # without the target: its share is added in the end as 1 - p, not from a rounded p
+            expected[tokens] *= fold.add_frozen(tile, tokens, chunk)[:, None]
+            add_mm_(expected[tokens], tile.x, w)
     logp, lse, values = fold.finish()
     chain = options.logit_scale / options.temperature
     for tokens in head.token_slices:
@@ -177,20 +168,19 @@ def forward_frozen(
 
 def full_rows(
     head: Head, scratch: list[Tensor] | None = None, stats: tuple[str, ...] = ()
-) -> tuple[list[Tensor], Tensor, LogSumExp, dict[str, Tensor]]:
-    """1 unit. All logits of a few tokens, as one tile z (n, v) a vocabulary chunk.
+) -> tuple[list[Tile], Tensor, LogSumExp, dict[str, Tensor]]:
+    """1 unit. All logits of a few tokens, as one tile (n, v) a vocabulary chunk.
 
     Returns the tiles, in `scratch` where it is given, and what `forward` does.
     """
     everything = slice(0, head.n)
-    fold = new_fold(head, stats)
-    h, target = head.hidden_tile(everything), head.take(head.target, everything)
+    fold = head.new_fold(stats)
+    h = head.hidden_tile(everything)
     tiles = []
     for chunk, vocab in enumerate(head.vocab_slices):
         out = None if scratch is None else scratch[chunk]
-        z = head.logits(h, head.weight_tile(vocab), vocab, out)
-        fold.add(z, target, everything, chunk, vocab.start)
-        tiles.append(z)
+        tiles.append(head.tile(everything, h, head.weight_tile(vocab), vocab, out))
+        fold.add(tiles[-1], everything, chunk)
     return tiles, *fold.finish()
 
 
@@ -202,27 +192,26 @@ def vocab_tiles(head: Head, flat: Tensor, rows: int) -> list[Tensor]:
 
 
 def forward_cached(
-    head: Head, rows: int, stats: tuple[str, ...] = ()
+    head: Head, cached_rows: int, stats: tuple[str, ...] = ()
 ) -> tuple[Tensor, LogSumExp, dict[str, Tensor], Tensor]:
-    """1 unit. As `forward`, and (onehot - p) of the first `rows` kept tokens in the input dtype.
+    """1 unit. As `forward`, and (onehot - p) of the first `cached_rows` kept tokens, or of all.
 
-    The slopes of the logit options are in it. rows is what there is room for; fewer may be kept.
+    It has the dtype of hidden, and the slopes of the logit options are in it.
     """
     V = head.weight.shape[0]
-    cache = torch.empty(rows * V, dtype=head.hidden.dtype, device=head.hidden.device)
-    tiles = vocab_tiles(head, cache, rows)
+    cache = torch.empty(cached_rows * V, dtype=head.hidden.dtype, device=head.hidden.device)
+    tiles = vocab_tiles(head, cache, cached_rows)
     in_place = cache.dtype == torch.float32
-    used = min(rows, head.n)
+    used = min(cached_rows, head.n)
     parts = []
     for tokens in cut(used, head.token_chunk):
         part = subset(head, tokens)
         scratch = [tile[tokens] for tile in tiles] if in_place else None
-        z_tiles, logp, lse, values = full_rows(part, scratch, stats)
+        logits, logp, lse, values = full_rows(part, scratch, stats)
         parts.append((logp, lse, values))
         row = RowGradient(lse, logp, dlogp=None)
-        target = head.take(head.target, tokens)
-        for z, tile, vocab in zip(z_tiles, tiles, head.vocab_slices, strict=True):
-            d = dlogits_(z, target, vocab.start, row, head.options)
+        for source, tile in zip(logits, tiles, strict=True):
+            d = head.kernels.dlogits_(source, row, head.options)
             if not in_place:
                 tile[tokens] = d
     parts.append(forward(subset(head, slice(used, head.n)), stats))
@@ -294,9 +283,9 @@ def _recompute_chunk(
     chunk: tuple[Tensor | None, Tensor | None],
 ) -> None:
     for tokens in head.token_slices:
-        h, target = head.hidden_tile(tokens), head.take(head.target, tokens)
-        z = head.logits(h, w, vocab)
-        d = dlogits_(z, target, vocab.start, row.rows(tokens), head.options)
+        h = head.hidden_tile(tokens)
+        tile = head.tile(tokens, h, w, vocab)
+        d = head.kernels.dlogits_(tile, row.rows(tokens), head.options)
         _accumulate(d, h, w, None if dhidden is None else dhidden[tokens], chunk)
 
 
@@ -316,16 +305,15 @@ def recompute_backward(
 def full_rows_backward(
     head: Head,
     row: RowGradient,
-    tiles: list[Tensor],
+    tiles: list[Tile],
     dhidden: Tensor | None,
     weights: WeightGradients,
 ) -> None:
     """1 unit for each gradient, from the logits that `full_rows` left of all kept tokens."""
-    everything = slice(0, head.n)
-    h, target = head.hidden_tile(everything), head.take(head.target, everything)
-    for vocab, z in zip(head.vocab_slices, tiles, strict=True):
+    h = head.hidden_tile(slice(0, head.n))
+    for vocab, tile in zip(head.vocab_slices, tiles, strict=True):
         chunk = weights.begin(vocab)
-        d = dlogits_(z, target, vocab.start, row, head.options)
+        d = head.kernels.dlogits_(tile, row, head.options)
         _accumulate(d, h, head.weight_tile(vocab), dhidden, chunk)
         weights.end(vocab, chunk)
 
@@ -333,7 +321,7 @@ def full_rows_backward(
 def cached_backward(
     head: Head,
     cache: Tensor,
-    rows: int,
+    cached_rows: int,
     row: RowGradient,
     dhidden: Tensor | None,
     weights: WeightGradients,
@@ -343,12 +331,12 @@ def cached_backward(
     dhidden = g * (D @ W), dweight = D.T @ (g * hidden), D = onehot - p.
     """
     assert row.dlogp is not None
-    used = min(rows, head.n)
+    used = min(cached_rows, head.n)
     rest = slice(used, head.n)
     not_cached, rest_row = subset(head, rest), row.rows(rest)
     rest_dhidden = None if dhidden is None else dhidden[rest]
     cached_slices = cut(used, head.token_chunk)
-    for vocab, tile in zip(head.vocab_slices, vocab_tiles(head, cache, rows), strict=True):
+    for vocab, tile in zip(head.vocab_slices, vocab_tiles(head, cache, cached_rows), strict=True):
         chunk = weights.begin(vocab)
         w = head.weight_tile(vocab)
         for tokens in cached_slices:

@@ -10,8 +10,6 @@ head). All of them give the same bits in the forward pass.
 Letters: N tokens (leading dimensions flattened), H hidden size, V vocabulary, R cached rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,6 +53,7 @@ def make_head(
     target: Tensor,
     bias: Tensor | None,
     options: LogitOptions,
+    backend: str,
 ) -> Head:
     """Head over the tokens that are not ignored; checks targets on the CPU."""
     device = hidden.device.type
@@ -62,7 +61,7 @@ def make_head(
     V = weight.shape[0]
     checks.targets(target, scored, V, options.ignore_index)
     chunks = token_chunk(device), vocab_chunk(V, device)
-    return Head(hidden, weight, target, bias, options, *chunks).keep(scored)
+    return Head(hidden, weight, target, bias, options, backend, *chunks).keep(scored)
 
 
 def _plan(
@@ -94,6 +93,7 @@ def _linear_logprobs(
     bias: Tensor | None,
     options: list[float],
     stats: str,
+    backend: str,
     memory_budget: int | None,
     needs_hidden: bool,
     needs_weight: bool,
@@ -105,7 +105,7 @@ def _linear_logprobs(
     """
     names = tuple(stats.split())
     plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, names, memory_budget)
-    head = make_head(hidden, weight, target, bias, LogitOptions.unpack(options))
+    head = make_head(hidden, weight, target, bias, LogitOptions.unpack(options), backend)
     dlogp_dhidden, cache = hidden.new_empty(0), hidden.new_empty(0)
     if plan.mode == "frozen":
         logp, lse, values, row = forward_frozen(head, names)
@@ -132,6 +132,7 @@ def _(  # type: ignore[no-untyped-def]
     bias,
     options,
     stats,
+    backend,
     memory_budget,
     needs_hidden,
     needs_weight,
@@ -162,10 +163,11 @@ def _linear_logprobs_bwd(
     dlogp_dhidden: Tensor,
     cache: Tensor,
     options: list[float],
+    backend: str,
+    memory_budget: int | None,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-    memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden (N, H), dweight (V, H), dbias (V,); empty where not needed."""
     opts = LogitOptions.unpack(options)
@@ -175,7 +177,7 @@ def _linear_logprobs_bwd(
         return dhidden, weight.new_empty(0), weight.new_empty(0)
     stats = [] if entropy is None else ["entropy"]
     plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, stats, memory_budget)
-    head = make_head(hidden, weight, target, bias, opts)
+    head = make_head(hidden, weight, target, bias, opts, backend)
     if plan.mode != "cached":  # tokens without a gradient are not rebuilt
         pulled = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
         head = head.keep(pulled & (target != opts.ignore_index))
@@ -212,10 +214,11 @@ def _(  # type: ignore[no-untyped-def]
     dlogp_dhidden,
     cache,
     options,
+    backend,
+    memory_budget,
     needs_hidden,
     needs_weight,
     needs_bias,
-    memory_budget,
 ):
     dhidden = hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0)
     dweight = weight.new_empty(weight.shape) if needs_weight else weight.new_empty(0)
@@ -224,9 +227,9 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    hidden, weight, target, bias, options, stats, memory_budget, *needs = inputs
+    hidden, weight, target, bias, options, stats, *call = inputs
     logp, stacked, top, logsum, dlogp_dhidden, cache = output
-    ctx.call = (options, *needs, memory_budget)
+    ctx.call = (options, *call)
     names = stats.split()
     ctx.entropy_row = names.index("entropy") if "entropy" in names else None
     ctx.set_materialize_grads(False)  # or zeros as large as the cache would be made for it
@@ -247,9 +250,9 @@ def _backward(ctx, dlogp, dstacked, *unused):  # type: ignore[no-untyped-def]
     grads = _linear_logprobs_bwd(
         dlogp, dentropy, entropy, hidden, weight, target, bias, logp, *kept, *ctx.call
     )
-    needed = ctx.call[1:4]
+    needed = ctx.call[-3:]
     dhidden, dweight, dbias = (g if n else None for g, n in zip(grads, needed, strict=True))
-    return dhidden, dweight, None, dbias, None, None, None, None, None, None
+    return dhidden, dweight, None, dbias, *[None] * 7
 
 
 _linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
@@ -378,7 +381,8 @@ def linear_logprobs_with_stats(
     for name in stats:
         checks.choice("stats", name, STATS)
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
-    if backends.resolve(backend, hidden.device) == "reference":
+    backend = backends.resolve(backend, hidden.device)
+    if backend == "reference":
         logps, values = reference.linear_logprobs_with_stats(
             hidden,
             weight,
@@ -398,6 +402,7 @@ def linear_logprobs_with_stats(
         bias,
         options.pack(),
         " ".join(stats),
+        backend,
         memory_budget,
         wants_grad(hidden),
         wants_grad(weight),

@@ -1,4 +1,6 @@
-"""Row work on one tile of logits, in torch: options, running log-sum-exp, statistics, dlogits.
+"""Row kernels on one tile of logits, in torch: log-sum-exp, statistics, dlogits in place.
+
+native.py has the same names in C++; head.py calls either.
 
 Every reduction here goes along a row and gives a row the same bits whatever other rows are in the
 tile: that is why the sum of exponentials is read off log_softmax, whose CPU kernel works row by
@@ -16,6 +18,20 @@ from torch import Tensor
 from stepkto_kernels.config import LogitOptions
 
 STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_prob")
+
+
+class Tile(NamedTuple):
+    """A tile of logits with what the row kernels ask of its tokens and columns."""
+
+    x: Tensor  # (n, v) fp32, unit stride along v; hidden @ weight.T, or z once it is transformed
+    target: Tensor  # (n,) int64
+    v0: int  # vocabulary entry of the first column
+    bias: Tensor | None = None  # (v,) fp32, None once it is added
+
+
+def prepare(tile: Tile, options: LogitOptions) -> Tile:
+    """Once for each new tile, before `Fold` and `dlogits_`: logits are transformed in place."""
+    return Tile(transform_(tile.x, tile.bias, options), tile.target, tile.v0)
 
 
 def transform_(logits: Tensor, bias: Tensor | None, options: LogitOptions) -> Tensor:
@@ -62,7 +78,13 @@ class Fold:
     """Collects log-sum-exp, target logit and statistics of n tokens, a vocabulary chunk a call."""
 
     def __init__(
-        self, n: int, chunks: int, vocabulary: int, stats: tuple[str, ...], device: torch.device
+        self,
+        n: int,
+        chunks: int,
+        vocabulary: int,
+        stats: tuple[str, ...],
+        options: LogitOptions,
+        device: torch.device,
     ):
         new = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
         self.top = new(n, chunks)
@@ -70,14 +92,17 @@ class Fold:
         self.target_logit = new(n)
         self.vocabulary = vocabulary
         self.stats = stats
+        self.options = options
+        self.running_top = torch.full((n,), torch.finfo(torch.float32).min, device=device)
         self.partial = {name: new(n, chunks) for name in stats if name != "is_top1"}
 
-    def add(self, z: Tensor, target: Tensor, rows: slice, chunk: int, v0: int) -> None:
-        """Fold in the logits of tokens `rows` and vocabulary columns from v0 on. z: (n, v) fp32."""
+    def add(self, tile: Tile, rows: slice, chunk: int) -> None:
+        """Fold in a tile of the tokens `rows` and the vocabulary chunk `chunk`."""
+        z = tile.x
         top, logsum = max_and_logsum(z)
         self.top[rows, chunk] = top
         self.logsum[rows, chunk] = logsum
-        column, inside = columns(target, v0, z.shape[1])
+        column, inside = columns(tile)
         at_target = z.gather(1, column[:, None])[:, 0]
         self.target_logit[rows] = torch.where(inside, at_target, self.target_logit[rows])
         if "mean_logit" in self.partial:
@@ -88,6 +113,23 @@ class Fold:
                 self.partial["entropy"][rows, chunk] = -(log_p.exp() * log_p).sum(1)
             if "log_sum_sq_prob" in self.partial:
                 self.partial["log_sum_sq_prob"][rows, chunk] = log_p.mul_(2).logsumexp(1)
+
+    def add_frozen(self, tile: Tile, rows: slice, chunk: int) -> Tensor:
+        """`add`, and turn the tile into exp(z - top) * slope with 0 at the target, in place.
+
+        top is the largest logit so far. Returns what sums over earlier tiles are to be multiplied
+        by, (n,), as that may have risen.
+        """
+        self.add(tile, rows, chunk)
+        top = torch.maximum(self.running_top[rows], self.top[rows, chunk])
+        rescale = (self.running_top[rows] - top).exp()
+        self.running_top[rows] = top
+        slope = None if self.options.softcap is None else cap_slope(tile.x, self.options)
+        tile.x.sub_(top[:, None]).exp_()
+        if slope is not None:
+            tile.x.mul_(slope)
+        put_(tile, torch.zeros_like(top))
+        return rescale
 
     def finish(self) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
         """Log-prob of the target (n,), its log-sum-exp, and the statistics by name (n,)."""
@@ -111,11 +153,18 @@ class Fold:
         return lse.log_prob(self.target_logit), lse, out
 
 
-def columns(target: Tensor, v0: int, width: int) -> tuple[Tensor, Tensor]:
-    """Column of each target in a chunk that starts at v0, and whether it is in that chunk."""
-    column = target - v0
-    inside = (column >= 0) & (column < width)
+def columns(tile: Tile) -> tuple[Tensor, Tensor]:
+    """Column of each target, 0 where it is not in the tile, and whether it is. (n,) each."""
+    column = tile.target - tile.v0
+    inside = (column >= 0) & (column < tile.x.shape[1])
     return torch.where(inside, column, 0), inside
+
+
+def put_(tile: Tile, values: Tensor) -> None:
+    """Write values (n,) at the targets that are in the tile."""
+    column, inside = columns(tile)
+    values = torch.where(inside, values, tile.x.gather(1, column[:, None])[:, 0])
+    tile.x.scatter_(1, column[:, None], values[:, None])
 
 
 class RowGradient(NamedTuple):
@@ -138,11 +187,11 @@ class RowGradient(NamedTuple):
         )
 
 
-def dlogits_(z: Tensor, target: Tensor, v0: int, row: RowGradient, options: LogitOptions) -> Tensor:
-    """z -> gradient of the loss in hidden @ weight.T + bias, in place. (n, v) fp32."""
+def dlogits_(tile: Tile, row: RowGradient, options: LogitOptions) -> Tensor:
+    """Logits -> gradient of the loss in hidden @ weight.T + bias, in place. (n, v) fp32."""
+    z = tile.x
     slope = None if options.softcap is None else cap_slope(z, options)
     z.sub_(row.lse.top[:, None]).sub_(row.lse.logsum[:, None])  # log p
-    column, inside = columns(target, v0, z.shape[1])
     # p - 1 of a target that is almost certain must not come from a rounded p
     at_target = -torch.expm1(row.logp)
     if row.dlogp is not None:
@@ -158,8 +207,7 @@ def dlogits_(z: Tensor, target: Tensor, v0: int, row: RowGradient, options: Logi
         z.exp_().mul_(-row.dlogp[:, None])
     else:
         z.exp_().neg_()
-    at_target = torch.where(inside, at_target, z.gather(1, column[:, None])[:, 0])
-    z.scatter_(1, column[:, None], at_target[:, None])
+    put_(tile, at_target)
     if slope is not None:
         z.mul_(slope)
     chain = options.logit_scale / options.temperature

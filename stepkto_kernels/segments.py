@@ -5,8 +5,6 @@ Letters: N tokens of the batch in one row, B sequences, S steps, T padded length
 sequence.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 import torch
@@ -64,7 +62,7 @@ class StepSegments:
     @classmethod
     def from_padded(
         cls, step_ids: Tensor, completion_mask: Tensor, outcome_label: Tensor, step_labels: Tensor
-    ) -> StepSegments:
+    ) -> "StepSegments":
         """Layout of a right- or left-padded batch; token (b, t) becomes token b * T + t.
 
         Args:
@@ -111,7 +109,7 @@ class StepSegments:
         outcome_label: Tensor,
         step_labels: Tensor,
         completion_mask: Tensor | None = None,
-    ) -> StepSegments:
+    ) -> "StepSegments":
         """Layout of sequences laid end to end in one row of N tokens.
 
         Args:
@@ -152,11 +150,11 @@ class StepSegments:
             step_sequence=step_sequence[:S].int(),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> StepSegments:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "StepSegments":
         moved = (getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self))
         return StepSegments(*moved)
 
-    def validate(self) -> StepSegments:
+    def validate(self) -> "StepSegments":
         """Check the values too; waits for the device.
 
         Raises:

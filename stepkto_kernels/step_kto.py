@@ -9,8 +9,6 @@ one number looked up for its sequence plus one for its step.
 Letters: N tokens, B sequences, S steps.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -48,7 +46,7 @@ class SegmentIndex(NamedTuple):
     step_sequence: Tensor  # (S,) int32
 
     @classmethod
-    def of(cls, segments: StepSegments) -> SegmentIndex:
+    def of(cls, segments: StepSegments) -> "SegmentIndex":
         return cls(
             segments.sequence_index,
             segments.step_index,

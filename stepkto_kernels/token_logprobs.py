@@ -5,8 +5,6 @@ is the one (N, V) tensor that is made.
 Letters: N tokens (leading dimensions flattened), V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,14 @@ from stepkto_kernels import backend as backends
 from stepkto_kernels import checks, reference
 from stepkto_kernels.config import LogitOptions
 from stepkto_kernels.plan import MIB, cut
-from stepkto_kernels.rows import LogSumExp, RowGradient, dlogits_, max_and_logsum, transform_
+from stepkto_kernels.rows import (
+    LogSumExp,
+    RowGradient,
+    Tile,
+    dlogits_,
+    max_and_logsum,
+    transform_,
+)
 
 ROW_BYTES = 16 * MIB  # fp32 logits that are worked on at once
 
@@ -66,7 +71,7 @@ def _token_logprobs_bwd(
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     for rows in _row_slices(logits):
         z = _transformed(logits, rows, opts)
-        dlogits[rows] = dlogits_(z, target[rows], 0, row.rows(rows), opts)
+        dlogits[rows] = dlogits_(Tile(z, target[rows], 0), row.rows(rows), opts)
     return dlogits
 
 
@@ -126,7 +131,7 @@ def token_logprobs(
     checks.shape("target", target, tuple(logits.shape[:-1]), "logits.shape[:-1]")
     checks.same_device("target", target, "logits", logits)
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
-    if backends.resolve(backend, logits.device) == "reference":
+    if backends.resolve(backend, logits.device, ("reference", "torch")) == "reference":
         return reference.token_logprobs(
             logits,
             target,
