@@ -9,8 +9,8 @@ from setuptools import setup
 
 native = Pybind11Extension(
     "stepkto_kernels._native",
-    ["csrc/bindings.cpp", "csrc/rows_cpu.cpp"],
-    depends=["csrc/kto_math.h", "csrc/rows_cpu.h"],
+    ["csrc/bindings.cpp", "csrc/rows_cpu.cpp", "csrc/segments_cpu.cpp"],
+    depends=["csrc/kto_math.h", "csrc/rows_cpu.h", "csrc/segments_cpu.h"],
     cxx_std=17,
     # no contraction into fused multiply-add: every instruction set gives the same bits
     extra_compile_args=[

@@ -2,10 +2,13 @@
 // torch; native.py has checked shapes, dtypes and strides before it calls. The GIL is released.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 #include "rows_cpu.h"
+#include "segments_cpu.h"
 
 namespace py = pybind11;
 using namespace stepkto;
@@ -39,6 +42,30 @@ RowGradient make_row(
       at<const float>(dentropy), at<const float>(entropy)};
 }
 
+Segments make_segments(
+    int64_t N, int64_t B, int64_t S, std::uintptr_t sequence_index, std::uintptr_t step_index,
+    std::uintptr_t outcome_label, std::uintptr_t step_label, std::uintptr_t step_sequence) {
+  return {
+      N, B, S, at<const int32_t>(sequence_index), at<const int32_t>(step_index),
+      at<const int8_t>(outcome_label), at<const int8_t>(step_label),
+      at<const int32_t>(step_sequence)};
+}
+
+LevelSums make_sums(std::uintptr_t ratio, std::uintptr_t logp, std::uintptr_t tokens) {
+  return {at<double>(ratio), at<double>(logp), at<double>(tokens)};
+}
+
+LossOptions make_loss_options(
+    std::array<double, 4> outcome, std::array<double, 4> step, double step_weight,
+    int step_reduction, bool length_normalize, double outcome_normalizer, double step_normalizer) {
+  const auto level = [](const std::array<double, 4>& x) {
+    return KtoLevel{x[0], x[1], x[2], x[3]};
+  };
+  return {
+      level(outcome), level(step), step_weight, static_cast<StepReduction>(step_reduction),
+      length_normalize, outcome_normalizer, step_normalizer};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -69,6 +96,38 @@ PYBIND11_MODULE(_native, m) {
       },
       release());
   m.def("dlogits", &dlogits, release());
+  py::class_<Segments>(m, "Segments").def(py::init(&make_segments));
+  py::class_<LevelSums>(m, "LevelSums").def(py::init(&make_sums));
+  py::class_<LossOptions>(m, "LossOptions").def(py::init(&make_loss_options));
+  m.def(
+      "segment_sums",
+      [](const Segments& segments, std::uintptr_t logps, std::uintptr_t ref_logps, double clip_low,
+         double clip_high, const LevelSums& outcome, const LevelSums& step) {
+        segment_sums(
+            segments, at<const float>(logps), at<const float>(ref_logps), clip_low, clip_high,
+            outcome, step);
+      },
+      release());
+  m.def(
+      "batch_loss",
+      [](const Segments& segments, const LevelSums& outcome, const LevelSums& step,
+         const LossOptions& options, std::uintptr_t loss, std::uintptr_t totals,
+         std::uintptr_t outcome_slope, std::uintptr_t step_slope) {
+        batch_loss(
+            segments, outcome, step, options, at<double>(loss), at<double>(totals),
+            at<double>(outcome_slope), at<double>(step_slope));
+      },
+      release());
+  m.def(
+      "token_slopes",
+      [](const Segments& segments, std::uintptr_t logps, std::uintptr_t ref_logps, double clip_low,
+         double clip_high, std::uintptr_t outcome_slope, std::uintptr_t step_slope, double scale,
+         std::uintptr_t g) {
+        token_slopes(
+            segments, at<const float>(logps), at<const float>(ref_logps), clip_low, clip_high,
+            at<const double>(outcome_slope), at<const double>(step_slope), scale, at<float>(g));
+      },
+      release());
   m.def(
       "exp_array",
       [](std::uintptr_t x, std::uintptr_t out, int64_t n) {

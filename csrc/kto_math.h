@@ -82,4 +82,26 @@ KTO_INLINE float cap_slope(float z, LogitOptions o) {
   return 1.0f - t * t;
 }
 
+// Options of one level of the loss; z is its reference point.
+struct KtoLevel {
+  double z, beta, desirable, undesirable;
+};
+
+struct KtoTerm {
+  double value;  // l = lam * sigmoid(-u)
+  double slope;  // d l / d r = -lam * sign * beta * sigmoid(u) * sigmoid(-u)
+  double u;      // sign * beta * (r - z)
+};
+
+// KTO loss of a segment with log-ratio r. Nothing cancels: sigmoid(-u) is not 1 - sigmoid(u).
+KTO_INLINE KtoTerm kto_term(double r, int label, KtoLevel level) {
+  if (label < 0) return {0.0, 0.0, 0.0};
+  const double sign = label > 0 ? 1.0 : -1.0;
+  const double lam = label > 0 ? level.desirable : level.undesirable;
+  const double u = sign * level.beta * (r - level.z);
+  const double wrongness = 1.0 / (1.0 + exp(u));
+  const double rightness = 1.0 / (1.0 + exp(-u));
+  return {lam * wrongness, -lam * sign * level.beta * rightness * wrongness, u};
+}
+
 }  // namespace stepkto

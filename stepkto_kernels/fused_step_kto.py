@@ -33,21 +33,15 @@ from stepkto_kernels.linear_logprobs import (
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.plan import fused_rows
 from stepkto_kernels.rows import RowGradient
+from stepkto_kernels.segment_loss import SegmentIndex
 from stepkto_kernels.segments import StepSegments
 from stepkto_kernels.step_kto import (
-    BatchLoss,
     KLBaseline,
     LossNormalizer,
-    SegmentIndex,
-    SegmentRatios,
-    batch_loss,
-    is_clipped,
-    logp_sums,
+    kernels,
     resolve_baseline,
     resolve_normalizer,
-    segment_ratios,
     step_kto_loss,
-    token_slopes,
 )
 
 
@@ -80,48 +74,6 @@ def token_blocks(sequence_index: Tensor, capacity: int) -> list[Tensor]:
     return blocks
 
 
-class _Blocks:
-    """The segment level of the loss: log-ratios of all sequences, collected block by block."""
-
-    def __init__(
-        self,
-        index: SegmentIndex,
-        baseline: tuple[Tensor, Tensor],
-        normalizer: tuple[Tensor, Tensor],
-        options: SegmentOptions,
-    ):
-        zeros = lambda like: torch.zeros(like.shape, dtype=torch.float64, device=like.device)
-        self.index, self.baseline = index, baseline
-        self.normalizer, self.options = normalizer, options
-        self.ratios = (zeros(index.outcome_label), zeros(index.step_label))
-        self.logps = (zeros(index.outcome_label), zeros(index.step_label))
-
-    def slopes(self, rows: Tensor, logp: Tensor, ref_logps: Tensor) -> Tensor:
-        """g[t] of a block that holds the tokens `rows` and with them whole sequences. (n,) fp32."""
-        index = self.index._replace(
-            sequence_index=self.index.sequence_index[rows], step_index=self.index.step_index[rows]
-        )
-        ratio = logp - ref_logps[rows]
-        block = segment_ratios(ratio, index, self.options)
-        sums = logp_sums(logp, index)
-        for total, part in zip(
-            self.ratios + self.logps, (block.outcome, block.step, *sums), strict=True
-        ):
-            total += part
-        out = self.loss(block)
-        clipped = is_clipped(ratio, self.options)
-        return token_slopes(out.outcome_slope, out.step_slope, index, clipped).float()
-
-    def loss(self, ratios: SegmentRatios | None = None) -> BatchLoss:
-        if ratios is None:
-            ones = [torch.ones_like(r) for r in self.ratios]
-            ratios = SegmentRatios(*self.ratios, *ones)
-        tokens = self.index.scored_tokens().sum()
-        return batch_loss(
-            ratios, self.logps, self.index, self.baseline, self.normalizer, self.options, tokens
-        )
-
-
 @torch.library.custom_op("stepkto::fused_step_kto", mutates_args=())
 def _fused_step_kto(
     hidden: Tensor,
@@ -143,10 +95,10 @@ def _fused_step_kto(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (), metric totals, and d loss / d hidden, weight, bias, empty where not needed."""
-    idx, options = SegmentIndex(*index), LogitOptions.unpack(logit_options)
+    idx = SegmentIndex(*index)
     V, H = weight.shape
     device = hidden.device
-    head = make_head(hidden, weight, target, bias, options, backend)
+    head = make_head(hidden, weight, target, bias, LogitOptions.unpack(logit_options), backend)
     # Only tokens in a labelled segment can change the loss; the others need no logits.
     kept = idx.scored_tokens().nonzero()[:, 0]
     capacity = fused_rows(V, memory_budget, device.type)
@@ -154,7 +106,10 @@ def _fused_step_kto(
     longest = max((len(b) for b in blocks if len(b) <= capacity), default=0)
     scratch = torch.empty(longest * V, device=device)
 
-    run = _Blocks(idx, (z_o, z_s), (n_o, n_s), SegmentOptions.unpack(segment_options))
+    options = SegmentOptions.unpack(segment_options)
+    level = kernels(backend)
+    batch = level.SegmentBatch(idx, options)
+    loss = lambda: batch.loss((z_o, z_s), (n_o, n_s))
     dhidden = torch.zeros_like(hidden) if needs_hidden else None
     new = lambda like: torch.zeros(like.shape, dtype=torch.float32, device=device)
     weights = WeightGradients(
@@ -163,7 +118,7 @@ def _fused_step_kto(
     )
     for block in blocks:
         rows = kept[block]
-        has_target = target[rows] != options.ignore_index
+        has_target = target[rows] != head.options.ignore_index
         part = replace(head, rows=rows[has_target])
         tiles = None
         if part.n <= capacity:
@@ -173,10 +128,12 @@ def _fused_step_kto(
         # a token without a target counts as one of log-prob 0, as it does in linear_logprobs
         block_logp = torch.zeros(len(rows), device=device)
         block_logp[has_target] = logp
-        g = run.slopes(rows, block_logp, ref_logps)[has_target]
+        batch.add(block_logp, ref_logps[rows], rows)
         if not (needs_hidden or needs_weight or needs_bias):
             continue
-        row = RowGradient(lse, logp, g)
+        slopes = loss()[2:]  # final for the sequences of this block
+        g = level.token_slopes(idx, options, block_logp, ref_logps[rows], *slopes, rows=rows)
+        row = RowGradient(lse, logp, g[has_target])
         wide = torch.zeros(part.n, H, device=device) if needs_hidden else None
         if tiles is None:
             recompute_backward(part, row, wide, weights)
@@ -184,7 +141,7 @@ def _fused_step_kto(
             full_rows_backward(part, row, tiles, wide, weights)
         if dhidden is not None and wide is not None:
             dhidden[part.rows] = wide.to(hidden.dtype)
-    out = run.loss()
+    out = loss()
     empty = lambda: hidden.new_empty(0)
     return (
         out.loss.float(),

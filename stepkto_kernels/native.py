@@ -1,8 +1,8 @@
-"""Row kernels on one tile of logits in C++ (csrc/rows_cpu.cpp): the names of rows.py, on the CPU.
+"""The C++ kernels of csrc/ for the CPU, under the names of rows.py and segment_loss.py.
 
-They read hidden @ weight.T as the GEMM left it and apply the logit options on the way. Tensors are
-passed as addresses, so shapes, dtypes and strides are asserted here.
-Letters: n tokens of the tile, v vocabulary columns of the tile.
+Row kernels read hidden @ weight.T as the GEMM left it and apply the logit options on the way.
+Tensors are passed as addresses, so shapes, dtypes and strides are asserted here.
+Letters: n tokens and v vocabulary columns of a tile, B sequences, S steps.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepkto_kernels.config import LogitOptions
+from stepkto_kernels import checks, segment_loss
+from stepkto_kernels.config import LogitOptions, SegmentOptions
+from stepkto_kernels.metrics import TOTALS
 from stepkto_kernels.rows import LogSumExp, RowGradient, Tile
+from stepkto_kernels.segment_loss import BatchLoss, SegmentIndex
 
 _native: Any = None
 WHY_NOT: str | None = None
@@ -141,6 +144,108 @@ def dlogits_(tile: Tile, row: RowGradient, options: LogitOptions) -> Tensor:
     gradient = _native.RowGradient(*(_address(part, torch.float32, n) for part in held))
     _native.dlogits(_tile(tile), gradient, _options(options), torch.get_num_threads())
     return tile.x
+
+
+class SegmentBatch(segment_loss.SegmentBatch):
+    """segment_loss.SegmentBatch with sums and loss in C++."""
+
+    def __init__(self, index: SegmentIndex, options: SegmentOptions):
+        _check_index(index)
+        super().__init__(index, options)
+
+    def _levels(self) -> tuple[Any, Any]:
+        return tuple(
+            _native.LevelSums(
+                *(_address(x[level], torch.float64, len(x[level])) for x in self._sums)
+            )
+            for level in (0, 1)
+        )
+
+    @property
+    def _sums(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        return self.ratio, self.logp, self.tokens
+
+    def add(self, logps: Tensor, ref_logps: Tensor, rows: Tensor | None = None) -> None:
+        """Add all tokens, or those at `rows` (n,). logps, ref_logps: (n,) fp32, nats."""
+        logps, ref_logps = logps.contiguous(), ref_logps.contiguous()
+        segments, _held = _segments(self.index, rows)
+        _native.segment_sums(
+            segments,
+            _address(logps, torch.float32, len(logps)),
+            _address(ref_logps, torch.float32, len(logps)),
+            self.options.clip_low,
+            self.options.clip_high,
+            *self._levels(),
+        )
+
+    def loss(self, baseline: tuple[Tensor, Tensor], normalizer: tuple[Tensor, Tensor]) -> BatchLoss:
+        """Of all that was added; baseline and normalizer: 0-dim fp64 tensors, outcome and step."""
+        o = self.options
+        segments, _held = _segments(self.index, None)
+        options = _native.LossOptions(
+            (float(baseline[0]), o.beta, o.desirable_weight, o.undesirable_weight),
+            (float(baseline[1]), o.step_beta, o.step_desirable_weight, o.step_undesirable_weight),
+            o.step_weight,
+            int(o.step_reduction),
+            bool(o.length_normalize),
+            float(normalizer[0]),
+            float(normalizer[1]),
+        )
+        wide = lambda *shape: torch.empty(shape, dtype=torch.float64)
+        B, S = self.index.num_sequences, self.index.num_steps
+        out = BatchLoss(wide(), wide(len(TOTALS)), wide(B), wide(S))
+        _native.batch_loss(segments, *self._levels(), options, *(x.data_ptr() for x in out))
+        return out
+
+
+def token_slopes(
+    index: SegmentIndex,
+    options: SegmentOptions,
+    logps: Tensor,
+    ref_logps: Tensor,
+    outcome_slope: Tensor,
+    step_slope: Tensor,
+    scale: Tensor | float = 1.0,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """segment_loss.token_slopes, fp32."""
+    logps, ref_logps = logps.contiguous(), ref_logps.contiguous()
+    g = torch.empty(logps.shape)
+    segments, _held = _segments(index, rows)
+    _native.token_slopes(
+        segments,
+        _address(logps, torch.float32, len(logps)),
+        _address(ref_logps, torch.float32, len(logps)),
+        options.clip_low,
+        options.clip_high,
+        _address(outcome_slope, torch.float64, index.num_sequences),
+        _address(step_slope, torch.float64, index.num_steps),
+        float(scale),
+        g.data_ptr(),
+    )
+    return g
+
+
+def _check_index(index: SegmentIndex) -> None:
+    """The kernels write where an index points, so it must point inside."""
+    for name, value, size in (
+        ("sequence_index", index.sequence_index, index.num_sequences),
+        ("step_index", index.step_index, index.num_steps),
+        ("step_sequence", index.step_sequence, index.num_sequences),
+    ):
+        if value.numel():
+            low, high = (int(x) for x in value.aminmax())
+            checks.require(-1 <= low and high < size, name, f"values in [-1, {size})", (low, high))
+
+
+def _segments(index: SegmentIndex, rows: Tensor | None) -> tuple[Any, tuple[Tensor, ...]]:
+    """The kernels' Segments of all tokens or those at `rows`, and the tensors it points into."""
+    tensors = tuple(x.contiguous() for x in (*index.of_tokens(rows), *index[2:]))
+    sizes = len(tensors[0]), index.num_sequences, index.num_steps
+    dtypes = (torch.int32, torch.int32, torch.int8, torch.int8, torch.int32)
+    lengths = (sizes[0], sizes[0], sizes[1], sizes[2], sizes[2])
+    addresses = (_address(*args) for args in zip(tensors, dtypes, lengths, strict=True))
+    return _native.Segments(*sizes, *addresses), tensors
 
 
 def exp(x: Tensor) -> Tensor:
