@@ -20,7 +20,9 @@ from stepkto_kernels.head import (
     forward,
     full_rows,
     full_rows_backward,
+    pick_rows,
     recompute_backward,
+    subset,
     vocab_tiles,
 )
 from stepkto_kernels.linear_logprobs import (
@@ -88,6 +90,7 @@ def _fused_step_kto(
     n_s: Tensor,
     segment_options: list[float],
     logit_options: list[float],
+    gradient_bound: float,
     backend: str,
     memory_budget: int | None,
     needs_hidden: bool,
@@ -134,6 +137,12 @@ def _fused_step_kto(
         slopes = loss()[2:]  # final for the sequences of this block
         g = level.token_slopes(idx, options, block_logp, ref_logps[rows], *slopes, rows=rows)
         row = RowGradient(lse, logp, g[has_target])
+        # clipped or saturated tokens have no gradient; "not at most", so that a NaN is not dropped
+        pulled = ~(g[has_target].abs() <= gradient_bound)
+        if not bool(pulled.all()):
+            pulled = pulled.nonzero()[:, 0]
+            part, row = subset(part, pulled), row.rows(pulled)
+            tiles = None if tiles is None else pick_rows(tiles, pulled)
         wide = torch.zeros(part.n, H, device=device) if needs_hidden else None
         if tiles is None:
             recompute_backward(part, row, wide, weights)
@@ -166,6 +175,7 @@ def _(  # type: ignore[no-untyped-def]
     n_s,
     segment_options,
     logit_options,
+    gradient_bound,
     backend,
     memory_budget,
     needs_hidden,
@@ -193,7 +203,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
     if dloss is None:
-        return *[None] * 5, [None] * ctx.num_index, *[None] * 11
+        return *[None] * 5, [None] * ctx.num_index, *[None] * 12
     # In place: a second (V, H) tensor would double what the loss holds. A second backward pass over
     # the same loss then raises, as autograd sees that saved tensors were changed.
     scale = torch.Tensor.mul if torch.compiler.is_compiling() else torch.Tensor.mul_
@@ -202,7 +212,7 @@ def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
         for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
     dhidden, dweight, dbias = grads
-    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 11
+    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 12
 
 
 _fused_step_kto.register_autograd(_backward, setup_context=_setup_context)
@@ -224,6 +234,7 @@ def fused_linear_step_kto_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     memory_budget: int | None = None,
+    gradient_bound: float = 0.0,
     backend: str = "auto",
     group: Group | None = None,
 ) -> tuple[Tensor, StepKTOMetrics]:
@@ -242,6 +253,8 @@ def fused_linear_step_kto_loss(
         memory_budget: bytes for the fp32 logits held at once, V * 4 a token; None takes
             plan.FUSED_BYTES. A sequence that does not fit costs 4 units instead of 3. At least 16
             tokens are held.
+        gradient_bound: tokens with |d loss / d logp| of at most this get no gradient and cost no
+            backward GEMM; 0 is exact.
     Returns:
         loss: () fp32. The gradients are computed along with it and kept until `backward`, which can
         be called once.
@@ -251,6 +264,7 @@ def fused_linear_step_kto_loss(
     """
     dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
     check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
+    checks.number("gradient_bound", gradient_bound, low=0)
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
     tokens = segments.num_tokens
     got = f"shape {tuple(target.shape)}"
@@ -272,6 +286,7 @@ def fused_linear_step_kto_loss(
             softcap=softcap,
             ignore_index=ignore_index,
             memory_budget=memory_budget,
+            gradient_bound=gradient_bound,
             backend=backend,
         )
         return step_kto_loss(logps, ref_logps, segments, baseline, config, normalizer)
@@ -286,6 +301,7 @@ def fused_linear_step_kto_loss(
         *n,
         config.segment_options().pack(),
         options.pack(),
+        float(gradient_bound),
         backend,
         memory_budget,
         wants_grad(hidden),

@@ -184,6 +184,16 @@ def full_rows(
     return tiles, *fold.finish()
 
 
+def pick_rows(tiles: list[Tile], rows: Tensor) -> list[Tile]:
+    """The tiles with some of their tokens only, moved to the front of the same memory."""
+    out = []
+    for tile in tiles:
+        front = tile.x[: len(rows)]
+        front.copy_(tile.x[rows])
+        out.append(tile._replace(x=front, target=tile.target[rows]))
+    return out
+
+
 def vocab_tiles(head: Head, flat: Tensor, rows: int) -> list[Tensor]:
     """Memory (at least rows * V,) as one contiguous (rows, v) tile a vocabulary chunk."""
     return [
@@ -323,25 +333,36 @@ def cached_backward(
     cache: Tensor,
     cached_rows: int,
     row: RowGradient,
+    active: Tensor | None,
     dhidden: Tensor | None,
     weights: WeightGradients,
 ) -> None:
     """1 unit for each gradient of the cached tokens; the rest is recomputed.
 
-    dhidden = g * (D @ W), dweight = D.T @ (g * hidden), D = onehot - p.
+    dhidden = g * (D @ W), dweight = D.T @ (g * hidden), D = onehot - p. active: (n,) bool, the
+    tokens that have a gradient at all; None: all.
     """
     assert row.dlogp is not None
     used = min(cached_rows, head.n)
-    rest = slice(used, head.n)
-    not_cached, rest_row = subset(head, rest), row.rows(rest)
-    rest_dhidden = None if dhidden is None else dhidden[rest]
-    cached_slices = cut(used, head.token_chunk)
+    groups: tuple[slice | Tensor, slice | Tensor] = slice(0, used), slice(used, head.n)
+    if active is not None:
+        where = active.nonzero()[:, 0]
+        groups = where[where < used], where[where >= used]
+    cached, rest = (subset(head, group) for group in groups)
+    g, rest_row = row.dlogp[groups[0]], row.rows(groups[1])
+    wide, rest_wide = (None if dhidden is None else dhidden[group] for group in groups)
     for vocab, tile in zip(head.vocab_slices, vocab_tiles(head, cache, cached_rows), strict=True):
         chunk = weights.begin(vocab)
         w = head.weight_tile(vocab)
-        for tokens in cached_slices:
-            d = tile[tokens].float() * row.dlogp[tokens, None]
-            h = head.hidden_tile(tokens)
-            _accumulate(d, h, w, None if dhidden is None else dhidden[tokens], chunk)
-        _recompute_chunk(not_cached, rest_row, vocab, w, rest_dhidden, chunk)
+        for tokens in cached.token_slices:
+            kept = tile[tokens] if isinstance(groups[0], slice) else tile[groups[0][tokens]]
+            d = kept.float() * g[tokens, None]
+            _accumulate(
+                d, cached.hidden_tile(tokens), w, None if wide is None else wide[tokens], chunk
+            )
+        _recompute_chunk(rest, rest_row, vocab, w, rest_wide, chunk)
         weights.end(vocab, chunk)
+    if active is not None:  # an index made copies, a slice did not
+        for group, part in zip(groups, (wide, rest_wide), strict=True):
+            if dhidden is not None and part is not None:
+                dhidden[group] = part

@@ -93,6 +93,7 @@ def _linear_logprobs(
     bias: Tensor | None,
     options: list[float],
     stats: str,
+    gradient_bound: float,
     backend: str,
     memory_budget: int | None,
     needs_hidden: bool,
@@ -132,6 +133,7 @@ def _(  # type: ignore[no-untyped-def]
     bias,
     options,
     stats,
+    gradient_bound,
     backend,
     memory_budget,
     needs_hidden,
@@ -163,6 +165,7 @@ def _linear_logprobs_bwd(
     dlogp_dhidden: Tensor,
     cache: Tensor,
     options: list[float],
+    gradient_bound: float,
     backend: str,
     memory_budget: int | None,
     needs_hidden: bool,
@@ -178,8 +181,11 @@ def _linear_logprobs_bwd(
     stats = [] if entropy is None else ["entropy"]
     plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, stats, memory_budget)
     head = make_head(hidden, weight, target, bias, opts, backend)
-    if plan.mode != "cached":  # tokens without a gradient are not rebuilt
-        pulled = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+    # tokens without a gradient cost nothing; "not at most", so that a NaN is not dropped
+    pulled = ~(dlogp.abs() <= gradient_bound)
+    if dentropy is not None:
+        pulled |= dentropy != 0
+    if plan.mode != "cached":
         head = head.keep(pulled & (target != opts.ignore_index))
     row = RowGradient(LogSumExp(top, logsum), logp, dlogp, dentropy, entropy)
     row = row.rows(slice(None) if head.rows is None else head.rows)
@@ -190,7 +196,11 @@ def _linear_logprobs_bwd(
         torch.zeros_like(bias) if bias is not None and needs_bias else None,
     )
     if plan.mode == "cached":
-        cached_backward(head, cache, plan.cached_rows, row, wide, weights)
+        active = pulled if head.rows is None else pulled[head.rows]
+        known = active.device.type == "cpu" and not bool(active.all())
+        cached_backward(
+            head, cache, plan.cached_rows, row, active if known else None, wide, weights
+        )
     else:
         recompute_backward(head, row, wide, weights)
     dweight = weight.new_empty(0) if weights.dweight is None else weights.dweight
@@ -214,6 +224,7 @@ def _(  # type: ignore[no-untyped-def]
     dlogp_dhidden,
     cache,
     options,
+    gradient_bound,
     backend,
     memory_budget,
     needs_hidden,
@@ -252,7 +263,7 @@ def _backward(ctx, dlogp, dstacked, *unused):  # type: ignore[no-untyped-def]
     )
     needed = ctx.call[-3:]
     dhidden, dweight, dbias = (g if n else None for g, n in zip(grads, needed, strict=True))
-    return dhidden, dweight, None, dbias, *[None] * 7
+    return dhidden, dweight, None, dbias, *[None] * 8
 
 
 _linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
@@ -307,6 +318,7 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     memory_budget: int | None = None,
+    gradient_bound: float = 0.0,
     backend: str = "auto",
     group: Group | None = None,
 ) -> Tensor:
@@ -321,6 +333,8 @@ def linear_logprobs(
             temperature with cap(x) = softcap * tanh(x / softcap); no cap for None.
         memory_budget: bytes that may be kept for the backward pass where `weight` or `bias` needs a
             gradient: rows that fit cost 3 GEMM units in all, the others 4.
+        gradient_bound: on the CPU, tokens whose upstream gradient is at most this in magnitude get
+            none and cost no backward GEMM; 0 is exact.
         backend: "auto", or one of `available_backends()`.
         group: process group over which `weight` is sharded along V; not in this version.
     Returns:
@@ -344,6 +358,7 @@ def linear_logprobs(
         softcap=softcap,
         ignore_index=ignore_index,
         memory_budget=memory_budget,
+        gradient_bound=gradient_bound,
         backend=backend,
         group=group,
     )[0]
@@ -361,6 +376,7 @@ def linear_logprobs_with_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     memory_budget: int | None = None,
+    gradient_bound: float = 0.0,
     backend: str = "auto",
     group: Group | None = None,
 ) -> tuple[Tensor, LogprobStats]:
@@ -378,6 +394,7 @@ def linear_logprobs_with_stats(
     """
     dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
     check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
+    checks.number("gradient_bound", gradient_bound, low=0)
     for name in stats:
         checks.choice("stats", name, STATS)
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
@@ -402,6 +419,7 @@ def linear_logprobs_with_stats(
         bias,
         options.pack(),
         " ".join(stats),
+        float(gradient_bound),
         backend,
         memory_budget,
         wants_grad(hidden),
