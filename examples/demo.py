@@ -248,7 +248,7 @@ def write_round_data(
 
 def labelled_row(problem: Problem, text: str) -> dict[str, Any]:
     """A training example; the strings of `completions` joined by nothing are the solution."""
-    steps, answer_line = arithmetic.split_solution(text)
+    steps, answer_line = arithmetic.split_lines(text)
     labels: list[bool | None] = list(arithmetic.check_steps(problem, text))
     if answer_line:  # the outcome judges it, it is no step
         steps.append(answer_line)
@@ -405,7 +405,7 @@ def before_and_after(
 
 def annotated(problem: Problem, text: str) -> str:
     """A solution with the checkers' verdict beside every step and the answer."""
-    steps, answer_line = arithmetic.split_solution(text)
+    steps, answer_line = arithmetic.split_lines(text)
     labels = arithmetic.check_steps(problem, text)
     lines = [*steps, answer_line or "(no answer)"]
     labels.append(arithmetic.check_outcome(problem, text))

@@ -19,7 +19,7 @@ from stepkto_kernels.training.rewards.arithmetic import (
     extract_answer,
     format_step,
     make_problem,
-    split_solution,
+    split_lines,
 )
 
 EXACT = {
@@ -115,7 +115,7 @@ def test_annotator_writes_well_formed_chains():
     for problem in problems(300):
         text = annotator.solve(problem, rng)
         assert len(check_steps(problem, text)) == len(problem.operations)
-        steps, rest = split_solution(text)
+        steps, rest = split_lines(text)
         # It goes on from what it wrote, and that is its answer.
         values = [str(problem.start)] + [step.split()[-1] for step in steps]
         assert [step.split()[2] for step in steps] == values[:-1]
@@ -248,7 +248,7 @@ def test_checkers_take_any_text():
     pieces = "Step |Answer:|1:|3|4| |=|+|max|\n|\r|\x00|\x0b|\u2028|é|🙂|\ud800|<unk>|9".split("|")
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=rng.randrange(40)))
-        steps, rest = split_solution(text)
+        steps, rest = split_lines(text)
         assert "".join(steps) + rest == text
         assert len(check_steps(problem, text)) == len(steps)
         assert check_outcome(problem, text) in (True, False)
@@ -299,7 +299,7 @@ def test_steps_begin_at_token_borders(tokenizer):
     text = gold_solution(small_problem())
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     starts, position = {start for start, _ in offsets}, 0
-    for step in split_solution(text)[0]:
+    for step in split_lines(text)[0]:
         assert position in starts
         position += len(step)
 

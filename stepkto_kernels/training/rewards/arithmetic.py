@@ -190,7 +190,7 @@ _ANSWER = re.compile(r"Answer: ([0-6])\n?")
 _ANSWER_PREFIX = "Answer:"
 
 
-def split_solution(solution_text: str) -> tuple[list[str], str]:
+def split_lines(solution_text: str) -> tuple[list[str], str]:
     """Cut a solution into its step lines, newlines kept, and the rest from the answer line on.
 
     Every line before the first that starts with "Answer:" is a step, blank or not; without such a
@@ -203,7 +203,7 @@ def split_solution(solution_text: str) -> tuple[list[str], str]:
 
 def extract_answer(solution_text: str) -> str | None:
     """The answer as written; None unless the text ends in one line `Answer: <0 to 6>`."""
-    match = _ANSWER.fullmatch(split_solution(solution_text)[1])
+    match = _ANSWER.fullmatch(split_lines(solution_text)[1])
     return match[1] if match else None
 
 
@@ -224,7 +224,7 @@ def check_steps(problem: Problem, solution_text: str) -> list[bool]:
     """
     verdicts: list[bool] = []
     previous: int | None = problem.start
-    for index, line in enumerate(split_solution(solution_text)[0]):
+    for index, line in enumerate(split_lines(solution_text)[0]):
         match = _STEP.fullmatch(line)
         if match is None:
             verdicts.append(False)
