@@ -198,20 +198,28 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.needs = inputs[-3:]
     ctx.num_index = len(inputs[5])
     ctx.set_materialize_grads(False)  # or zeros of the size of all gradients would be made
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
+
+
+def _scale(grad: Tensor, dloss: Tensor) -> Tensor:
+    """grad * dloss, in place: a second (V, H) tensor would double what the loss holds.
+
+    A second backward pass over the same loss then raises, as autograd sees that saved tensors were
+    changed. Graph tracers, which pass tensors of their own types, cannot trace that change.
+    """
+    if type(grad) is Tensor:
+        return grad.mul_(dloss.to(grad.dtype))
+    return grad * dloss.to(grad.dtype)
 
 
 def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
     if dloss is None:
         return *[None] * 5, [None] * ctx.num_index, *[None] * 12
-    # In place: a second (V, H) tensor would double what the loss holds. A second backward pass over
-    # the same loss then raises, as autograd sees that saved tensors were changed.
-    scale = torch.Tensor.mul if torch.compiler.is_compiling() else torch.Tensor.mul_
-    grads = (
-        scale(grad, dloss.to(grad.dtype)) if needed else None
+    dhidden, dweight, dbias = (
+        _scale(grad, dloss) if needed else None
         for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
-    dhidden, dweight, dbias = grads
     return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 12
 
 

@@ -1,0 +1,132 @@
+"""The command `stepkto`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+import torch
+
+from stepkto_kernels import __version__, available_backends
+from stepkto_kernels.bench import environment, plans, runner
+from stepkto_kernels.bench.problems import DTYPES, Shape
+from stepkto_kernels.plan import MIB
+from stepkto_kernels.training.report import markdown_table
+
+PROGRAM = "stepkto"
+PLAN_BUDGET = 1024  # MiB
+
+
+class Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Command(NamedTuple):
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plan",
+        nargs=3,
+        type=int,
+        metavar=("N", "H", "V"),
+        help="print how a head of N tokens, hidden size H and vocabulary V would run",
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the plan")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        default=PLAN_BUDGET,
+        metavar="MiB",
+        help=f"memory budget of the cached and the fused mode (default {PLAN_BUDGET})",
+    )
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print what is here: versions, devices, backends; and a plan where one is asked for.
+
+    Raises:
+        ValueError: a number of the plan is not positive.
+    """
+    if args.plan is not None:
+        if min(args.plan) < 1 or args.budget < 0:
+            raise ValueError(f"--plan: want numbers > 0, got {args.plan}, budget {args.budget}")
+        print(plan_table(Shape(*args.plan), args.dtype, args.budget * MIB), end="")
+        return 0
+    installed = environment.versions()
+    print(f"stepkto_kernels {__version__}, commit {environment.commit()}")
+    print(f"python {platform.python_version()}, torch {torch.__version__}")
+    for name, version in installed.items():
+        print(f"{name} {version}")
+    print(f"\ncpu: {environment.device_name('cpu')}, {torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            memory = torch.cuda.get_device_properties(i).total_memory // MIB
+            print(f"cuda:{i}: {torch.cuda.get_device_name(i)}, {memory} MiB")
+    else:
+        print("cuda: none")
+    print()
+    print(markdown_table(["backend", "state"], list(available_backends().items())), end="")
+    return 0
+
+
+def plan_table(shape: Shape, dtype: str, budget: int) -> str:
+    """What plan.py chooses for every path on cpu and cuda. budget: bytes."""
+    header = ["device", "path", "mode", "units", "tile, tokens", "tile, vocabulary"]
+    header += ["rows held", "workspace MiB"]
+    rows = []
+    for device in ("cpu", "cuda"):
+        for path in plans.PLANNED_PATHS:
+            plan = plans.describe(path, shape, DTYPES[dtype].itemsize, device, budget)
+            rows.append(
+                [
+                    device,
+                    path,
+                    plan.mode,
+                    f"{plan.units:.4g}",
+                    plan.token_chunk,
+                    plan.vocab_chunk,
+                    plan.rows,
+                    f"{plan.workspace / MIB:.1f}",
+                ]
+            )
+    title = f"{shape} {dtype}, budget {budget // MIB} MiB for cached and fused\n\n"
+    return title + markdown_table(header, rows)
+
+
+COMMANDS = {
+    "bench": Command(runner.DESCRIPTION, runner.add_arguments, runner.run),
+    "doctor": Command(
+        "Show versions, devices and backends; with --plan, how a head would run.",
+        add_doctor_arguments,
+        doctor,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 2 and one line on stderr for arguments that do not fit."""
+    parser = Parser(prog=PROGRAM, description="Step-KTO losses on an lm_head.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help)
+        command.add_arguments(sub)
+    args = parser.parse_args(argv)
+    try:
+        return COMMANDS[args.command].run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{PROGRAM} {args.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
