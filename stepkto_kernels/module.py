@@ -72,8 +72,14 @@ class StepKTOLoss(nn.Module):
         baseline: KLBaseline | None = None,
         bias: Tensor | None = None,
         normalizer: LossNormalizer | None = None,
+        *,
+        update_running: bool = True,
     ) -> tuple[Tensor, StepKTOMetrics]:
-        """Arguments, results and errors of `fused_linear_step_kto_loss`."""
+        """Arguments, results and errors of `fused_linear_step_kto_loss`.
+
+        update_running: whether the running value may move; under gradient accumulation pass False
+        for all but the last micro-batch of a step, so that z is one number a step.
+        """
         given = baseline
         kind = self.config.reference_point
         from_config = self.config.fixed_reference_point is not None
@@ -82,7 +88,7 @@ class StepKTOLoss(nn.Module):
                 self._warned = True
                 warnings.warn(
                     "no baseline for this batch: using the running mean of earlier ones",
-                    stacklevel=2,
+                    stacklevel=4,  # the caller of the module, behind two frames of nn.Module
                 )
             z = self.running.clamp(min=0)
             baseline = KLBaseline(z[0], z[1])
@@ -98,9 +104,10 @@ class StepKTOLoss(nn.Module):
             normalizer=normalizer,
             **self.options,  # type: ignore[arg-type]
         )
-        if self.training and kind == "ema":
+        update = update_running and self.training
+        if update and kind == "ema":
             self._move(*self._matched(metrics))
-        elif self.training and kind == "mismatched" and given is not None:
+        elif update and kind == "mismatched" and given is not None:
             values = [torch.as_tensor(z, dtype=torch.float64) for z in given]
             value = torch.stack([z.to(self.running.device) for z in values])
             self._move(value, torch.ones_like(value, dtype=torch.bool))
