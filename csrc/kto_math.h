@@ -76,10 +76,12 @@ KTO_INLINE float tanh_fp32(float x) {
   return a < 0.625f ? near : far;
 }
 
-// d cap / d (its argument) of a transformed logit z: 1 - tanh^2.
+// d cap / d (its argument) of a transformed logit z: 1 - tanh^2; 0 where tanh rounded to 1, of which
+// z may have lost the last bit.
 KTO_INLINE float cap_slope(float z, LogitOptions o) {
   const float t = z * (o.temperature / o.softcap);
-  return 1.0f - t * t;
+  const float a = z < 0.0f ? -z : z;
+  return a >= o.softcap / o.temperature ? 0.0f : 1.0f - t * t;
 }
 
 // Options of one level of the loss; z is its reference point.

@@ -154,9 +154,9 @@ KTO_CLONES void dlogits_row(const Tile& tile, int64_t i, const RowGradient& row,
     if (column >= start && column < start + count) {
       // 1 - p of a target that is almost certain must not come from a rounded p
       const float logp = row.logp[i];
-      const float own = dlogp * -std::expm1(logp);
-      out[column - start] =
-          chain * (own - dentropy * std::exp(logp) * (logp + entropy));
+      float own = dlogp * -std::expm1(logp);
+      if (dentropy != 0.0f && logp > -1e4f) own -= dentropy * std::exp(logp) * (logp + entropy);
+      out[column - start] = chain * own;
     }
     if (o.softcap != 0.0f)
       for (int j = 0; j < count; ++j) out[j] *= cap_slope(buf[j], o);

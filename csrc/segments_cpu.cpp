@@ -13,6 +13,11 @@ namespace {
 
 constexpr double SATURATED = 7.0;  // metrics.SATURATED
 
+// Exact: the difference of two fp32 numbers of like size fits fp64.
+inline double log_ratio(float logp, float ref_logp) {
+  return static_cast<double>(logp) - static_cast<double>(ref_logp);
+}
+
 // What of a token's log-ratio goes into the sums. NaN stays NaN.
 inline double clamped(double ratio, double low, double high) {
   return ratio < low ? low : ratio > high ? high : ratio;
@@ -61,7 +66,7 @@ void segment_sums(
     const Segments& s, const float* logps, const float* ref_logps, double clip_low,
     double clip_high, const LevelSums& outcome, const LevelSums& step) {
   for (int64_t t = 0; t < s.N; ++t) {
-    const double ratio = clamped(logps[t] - ref_logps[t], clip_low, clip_high);
+    const double ratio = clamped(log_ratio(logps[t], ref_logps[t]), clip_low, clip_high);
     const int32_t sequence = s.sequence_index[t], h = s.step_index[t];
     if (sequence >= 0) {
       outcome.ratio[sequence] += ratio;
@@ -134,7 +139,7 @@ void token_slopes(
     double clip_high, const double* outcome_slope, const double* step_slope, double scale,
     float* g) {
   for (int64_t t = 0; t < s.N; ++t) {
-    const float ratio = logps[t] - ref_logps[t];
+    const double ratio = log_ratio(logps[t], ref_logps[t]);
     const bool clipped = ratio < clip_low || ratio > clip_high;
     const int32_t sequence = s.sequence_index[t], h = s.step_index[t];
     const double slope =

@@ -35,7 +35,8 @@ def tensor(
 
 def shape(name: str, value: Tensor, want: tuple[int, ...], letters: str) -> None:
     got = tuple(value.shape)
-    require(got == tuple(want), name, f"shape {letters} = {tuple(want)}", got)
+    if got != tuple(want):
+        raise ValueError(f"{name}: want shape {letters} = {tuple(want)}, got {got}")
 
 
 def same_device(name: str, value: Any, other_name: str, other: Any) -> None:
@@ -58,20 +59,41 @@ def number(
     high_open: bool = False,
 ) -> None:
     """A finite int or float inside an interval; tensors are refused, reading them may sync."""
-    interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(is_number, name, f"a number in {interval}", repr(value))
-    inside = low < value if low_open else low <= value
-    inside = inside and (value < high if high_open else value <= high)
-    require(inside and math.isfinite(value), name, f"a finite number in {interval}", value)
+    if is_number:
+        inside = low < value if low_open else low <= value
+        inside = inside and (value < high if high_open else value <= high)
+        if inside and -math.inf < value < math.inf:
+            return
+    interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
+    want = f"a finite number in {interval}" if is_number else f"a number in {interval}"
+    raise ValueError(f"{name}: want {want}, got {value!r}")
+
+
+def instance(name: str, value: Any, cls: type) -> None:
+    if not isinstance(value, cls):  # torch.compile cannot trace the repr of what fits
+        raise ValueError(f"{name}: want a {cls.__name__}, got {value!r}")
+
+
+def memory_budget(value: Any) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    want = "a number of bytes >= 0, or None"
+    if value is not None and not valid:
+        raise ValueError(f"memory_budget: want {want}, got {value!r}")
 
 
 def token_tensor(name: str, value: Any, segments: Any) -> None:
     """One fp32 or fp64 number for each token of a StepSegments, in any shape."""
     tensor(name, value, dtypes=(torch.float32, torch.float64))
-    tokens = segments.num_tokens
-    require(value.numel() == tokens, name, f"N = {tokens} elements", f"shape {tuple(value.shape)}")
+    num_tokens(name, value, segments)
     same_device(name, value, "segments", segments)
+
+
+def num_tokens(name: str, value: Tensor, segments: Any) -> None:
+    # the message is made on failure only: under torch.compile, writing out a size fixes it
+    if value.numel() != segments.num_tokens:
+        got = tuple(value.shape)
+        raise ValueError(f"{name}: want N = {segments.num_tokens} elements, got shape {got}")
 
 
 def values_are_free(value: Tensor) -> bool:

@@ -33,6 +33,7 @@ from stepkto_kernels.linear_logprobs import (
     wants_grad,
 )
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
+from stepkto_kernels.ops import custom_op
 from stepkto_kernels.plan import fused_rows
 from stepkto_kernels.rows import RowGradient
 from stepkto_kernels.segment_loss import SegmentIndex
@@ -76,7 +77,12 @@ def token_blocks(sequence_index: Tensor, capacity: int) -> list[Tensor]:
     return blocks
 
 
-@torch.library.custom_op("stepkto::fused_step_kto", mutates_args=())
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Gradients wait for the upstream one: fp16 would lose small ones that a loss scale lifts."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@custom_op("stepkto::fused_step_kto")
 def _fused_step_kto(
     hidden: Tensor,
     weight: Tensor,
@@ -107,29 +113,30 @@ def _fused_step_kto(
     capacity = fused_rows(V, memory_budget, device.type)
     blocks = token_blocks(idx.sequence_index[kept], capacity)
     longest = max((len(b) for b in blocks if len(b) <= capacity), default=0)
-    scratch = torch.empty(longest * V, device=device)
+    fp32 = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
+    scratch = torch.empty(longest * V, dtype=torch.float32, device=device)
 
     options = SegmentOptions.unpack(segment_options)
     level = kernels(backend)
     batch = level.SegmentBatch(idx, options)
     loss = lambda: batch.loss((z_o, z_s), (n_o, n_s))
-    dhidden = torch.zeros_like(hidden) if needs_hidden else None
-    new = lambda like: torch.zeros(like.shape, dtype=torch.float32, device=device)
+    kept_dtype = gradient_dtype(hidden.dtype)
+    dhidden = torch.zeros_like(hidden, dtype=kept_dtype) if needs_hidden else None
     weights = WeightGradients(
-        new(weight) if needs_weight else None,
-        new(bias) if bias is not None and needs_bias else None,
+        fp32(*weight.shape) if needs_weight else None,
+        fp32(V) if needs_bias else None,
     )
     for block in blocks:
         rows = kept[block]
         has_target = target[rows] != head.options.ignore_index
         part = replace(head, rows=rows[has_target])
         tiles = None
-        if part.n <= capacity:
+        if len(rows) <= capacity:
             tiles, logp, lse, _ = full_rows(part, vocab_tiles(part, scratch, part.n))
         else:
             logp, lse, _ = forward(part)
         # a token without a target counts as one of log-prob 0, as it does in linear_logprobs
-        block_logp = torch.zeros(len(rows), device=device)
+        block_logp = fp32(len(rows))
         block_logp[has_target] = logp
         batch.add(block_logp, ref_logps[rows], rows)
         if not (needs_hidden or needs_weight or needs_bias):
@@ -143,21 +150,21 @@ def _fused_step_kto(
             pulled = pulled.nonzero()[:, 0]
             part, row = subset(part, pulled), row.rows(pulled)
             tiles = None if tiles is None else pick_rows(tiles, pulled)
-        wide = torch.zeros(part.n, H, device=device) if needs_hidden else None
+        wide = fp32(part.n, H) if needs_hidden else None
         if tiles is None:
             recompute_backward(part, row, wide, weights)
         else:
             full_rows_backward(part, row, tiles, wide, weights)
         if dhidden is not None and wide is not None:
-            dhidden[part.rows] = wide.to(hidden.dtype)
+            dhidden[part.rows] = wide.to(kept_dtype)
     out = loss()
-    empty = lambda: hidden.new_empty(0)
+    empty = lambda: hidden.new_empty(0, dtype=kept_dtype)
     return (
         out.loss.float(),
         out.totals,
         empty() if dhidden is None else dhidden,
-        empty() if weights.dweight is None else weights.dweight.to(weight.dtype),
-        empty() if weights.dbias is None else weights.dbias.to(weight.dtype),
+        empty() if weights.dweight is None else weights.dweight.to(kept_dtype),
+        empty() if weights.dbias is None else weights.dbias.to(kept_dtype),
     )
 
 
@@ -184,7 +191,8 @@ def _(  # type: ignore[no-untyped-def]
 ):
     loss = hidden.new_empty((), dtype=torch.float32)
     totals = hidden.new_empty(len(TOTALS), dtype=torch.float64)
-    like = lambda x, needed: hidden.new_empty(x.shape if needed else 0)
+    kept_dtype = gradient_dtype(hidden.dtype)
+    like = lambda x, needed: hidden.new_empty(x.shape if needed else 0, dtype=kept_dtype)
     return (
         loss,
         totals,
@@ -196,6 +204,7 @@ def _(  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.needs = inputs[-3:]
+    ctx.dtype = inputs[0].dtype
     ctx.num_index = len(inputs[5])
     ctx.set_materialize_grads(False)  # or zeros of the size of all gradients would be made
     ctx.mark_non_differentiable(*output[1:])
@@ -208,16 +217,14 @@ def _scale(grad: Tensor, dloss: Tensor) -> Tensor:
     A second backward pass over the same loss then raises, as autograd sees that saved tensors were
     changed. Graph tracers, which pass tensors of their own types, cannot trace that change.
     """
-    if type(grad) is Tensor:
-        return grad.mul_(dloss.to(grad.dtype))
-    return grad * dloss.to(grad.dtype)
+    return grad.mul_(dloss) if type(grad) is Tensor else grad * dloss
 
 
 def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
     if dloss is None:
         return *[None] * 5, [None] * ctx.num_index, *[None] * 12
     dhidden, dweight, dbias = (
-        _scale(grad, dloss) if needed else None
+        _scale(grad, dloss).to(ctx.dtype) if needed else None
         for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
     return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 12
@@ -273,10 +280,9 @@ def fused_linear_step_kto_loss(
     dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
     check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
     checks.number("gradient_bound", gradient_bound, low=0)
+    checks.instance("segments", segments, StepSegments)
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
-    tokens = segments.num_tokens
-    got = f"shape {tuple(target.shape)}"
-    checks.require(target.numel() == tokens, "target", f"segments' N = {tokens} elements", got)
+    checks.num_tokens("target", target, segments)
     checks.same_device("segments", segments, "hidden", hidden)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     checks.ref_logps(ref_logps, target.shape, wide, hidden.device)

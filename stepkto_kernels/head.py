@@ -90,7 +90,7 @@ class Head:
         self, tokens: slice, h: Tensor, w: Tensor, vocab: slice, out: Tensor | None = None
     ) -> Tile:
         """Logits of some tokens and a vocabulary chunk, ready for the row kernels. 1 GEMM."""
-        bias = None if self.bias is None else self.bias[vocab].float()
+        bias = None if self.bias is None else self.bias[vocab].float().contiguous()
         tile = Tile(mm(h, w.T, out), self.take(self.target, tokens), vocab.start, bias)
         return self.kernels.prepare(tile, self.options)
 
@@ -119,7 +119,10 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b. total and a are fp32; a is rounded to b's dtype where that is narrower."""
     if b.dtype == torch.float32:
-        total.addmm_(a.float(), b)
+        if total.device.type == "cpu" and total.shape[0] < MIN_GEMM:
+            total.add_(mm(a, b))
+        else:
+            total.addmm_(a.float(), b)
     else:
         total.add_(torch.mm(a.to(b.dtype), b, out_dtype=torch.float32))
 
@@ -144,7 +147,7 @@ def forward_frozen(
     """
     options = head.options
     fold = head.new_fold(stats)
-    expected = torch.zeros(head.n, head.hidden.shape[1], device=head.hidden.device)
+    expected = head.hidden.new_zeros(head.n, head.hidden.shape[1], dtype=torch.float32)
     for chunk, vocab in enumerate(head.vocab_slices):
         w = head.weight_tile(vocab)
         for tokens in head.token_slices:
@@ -213,6 +216,8 @@ def forward_cached(
     tiles = vocab_tiles(head, cache, cached_rows)
     in_place = cache.dtype == torch.float32
     used = min(cached_rows, head.n)
+    for tile in tiles:
+        tile[used:] = 0  # rows of ignored tokens: unused, but an output like the others
     parts = []
     for tokens in cut(used, head.token_chunk):
         part = subset(head, tokens)

@@ -28,6 +28,7 @@ from stepkto_kernels.head import (
     forward_frozen,
     recompute_backward,
 )
+from stepkto_kernels.ops import custom_op
 from stepkto_kernels.plan import HeadPlan, plan_head, token_chunk, vocab_chunk
 from stepkto_kernels.rows import STATS, LogSumExp, RowGradient
 
@@ -61,7 +62,8 @@ def make_head(
     V = weight.shape[0]
     checks.targets(target, scored, V, options.ignore_index)
     chunks = token_chunk(device), vocab_chunk(V, device)
-    return Head(hidden, weight, target, bias, options, backend, *chunks).keep(scored)
+    head = Head(hidden, weight, target.contiguous(), bias, options, backend, *chunks)
+    return head.keep(scored)
 
 
 def _plan(
@@ -85,7 +87,7 @@ def _plan(
     )
 
 
-@torch.library.custom_op("stepkto::linear_logprobs", mutates_args=())
+@custom_op("stepkto::linear_logprobs")
 def _linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -107,10 +109,12 @@ def _linear_logprobs(
     names = tuple(stats.split())
     plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, names, memory_budget)
     head = make_head(hidden, weight, target, bias, LogitOptions.unpack(options), backend)
-    dlogp_dhidden, cache = hidden.new_empty(0), hidden.new_empty(0)
+    # fp16 would lose small rows that a loss scale lifts in the backward pass
+    kept_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    dlogp_dhidden, cache = hidden.new_empty(0, dtype=kept_dtype), hidden.new_empty(0)
     if plan.mode == "frozen":
         logp, lse, values, row = forward_frozen(head, names)
-        dlogp_dhidden = head.spread(row.to(hidden.dtype))
+        dlogp_dhidden = head.spread(row.to(kept_dtype))
     elif plan.mode == "cached":
         logp, lse, values, cache = forward_cached(head, plan.cached_rows, names)
     else:
@@ -145,12 +149,14 @@ def _(  # type: ignore[no-untyped-def]
     N, H = hidden.shape
     row = lambda: hidden.new_empty(N, dtype=torch.float32)
     stacked = hidden.new_empty(len(names), N, dtype=torch.float32)
-    dlogp_dhidden = hidden.new_empty(N, H) if plan.mode == "frozen" else hidden.new_empty(0)
+    kept_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    shape = (N, H) if plan.mode == "frozen" else (0,)
+    dlogp_dhidden = hidden.new_empty(shape, dtype=kept_dtype)
     cache = hidden.new_empty(plan.cached_rows * weight.shape[0])
     return row(), stacked, row(), row(), dlogp_dhidden, cache
 
 
-@torch.library.custom_op("stepkto::linear_logprobs_bwd", mutates_args=())
+@custom_op("stepkto::linear_logprobs_bwd")
 def _linear_logprobs_bwd(
     dlogp: Tensor,
     dentropy: Tensor | None,
@@ -174,23 +180,25 @@ def _linear_logprobs_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden (N, H), dweight (V, H), dbias (V,); empty where not needed."""
     opts = LogitOptions.unpack(options)
-    dlogp = torch.where(target != opts.ignore_index, dlogp, 0.0)
+    # Tokens without a gradient cost nothing. "Not at most", so that a NaN is not dropped.
+    pulled = ~(dlogp.abs() <= gradient_bound) & (target != opts.ignore_index)
+    dlogp = torch.where(pulled, dlogp, 0.0)
     if dlogp_dhidden.numel():
         dhidden = (dlogp[:, None] * dlogp_dhidden).to(hidden.dtype)
         return dhidden, weight.new_empty(0), weight.new_empty(0)
     stats = [] if entropy is None else ["entropy"]
     plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, stats, memory_budget)
     head = make_head(hidden, weight, target, bias, opts, backend)
-    # tokens without a gradient cost nothing; "not at most", so that a NaN is not dropped
-    pulled = ~(dlogp.abs() <= gradient_bound)
     if dentropy is not None:
-        pulled |= dentropy != 0
+        pulled |= (dentropy != 0) & (target != opts.ignore_index)
     if plan.mode != "cached":
-        head = head.keep(pulled & (target != opts.ignore_index))
+        head = head.keep(pulled)
     row = RowGradient(LogSumExp(top, logsum), logp, dlogp, dentropy, entropy)
     row = row.rows(slice(None) if head.rows is None else head.rows)
 
-    wide = torch.zeros(head.n, hidden.shape[1], device=hidden.device) if needs_hidden else None
+    wide = None
+    if needs_hidden:
+        wide = hidden.new_zeros(head.n, hidden.shape[1], dtype=torch.float32)
     weights = WeightGradients(
         torch.zeros_like(weight) if needs_weight else None,
         torch.zeros_like(bias) if bias is not None and needs_bias else None,
@@ -282,6 +290,7 @@ def check_head(
     checks.tensor("hidden", hidden, dtypes=dtypes)
     checks.require(hidden.ndim >= 1, "hidden", "shape (..., H)", "shape ()")
     H = hidden.shape[-1]
+    checks.require(H > 0, "hidden", "H > 0", f"shape {tuple(hidden.shape)}")
     checks.tensor("weight", weight, dtypes=(hidden.dtype,), ndim=2)
     V = weight.shape[0]
     checks.shape("weight", weight, (V, H), "(V, H)")
@@ -295,10 +304,7 @@ def check_head(
         named["bias"] = bias
     for name, value in named.items():
         checks.same_device(name, value, "hidden", hidden)
-    if memory_budget is not None:
-        is_int = isinstance(memory_budget, int) and not isinstance(memory_budget, bool)
-        want = "a number of bytes >= 0, or None"
-        checks.require(is_int and memory_budget >= 0, "memory_budget", want, repr(memory_budget))
+    checks.memory_budget(memory_budget)
     want = "None: sharded heads are not supported in this version"
     checks.require(group is None, "group", want, group)
 
@@ -333,8 +339,8 @@ def linear_logprobs(
             temperature with cap(x) = softcap * tanh(x / softcap); no cap for None.
         memory_budget: bytes that may be kept for the backward pass where `weight` or `bias` needs a
             gradient: rows that fit cost 3 GEMM units in all, the others 4.
-        gradient_bound: on the CPU, tokens whose upstream gradient is at most this in magnitude get
-            none and cost no backward GEMM; 0 is exact.
+        gradient_bound: tokens whose upstream gradient is at most this in magnitude get none, and
+            on the CPU cost no backward GEMM; 0 is exact.
         backend: "auto", or one of `available_backends()`.
         group: process group over which `weight` is sharded along V; not in this version.
     Returns:
@@ -395,6 +401,7 @@ def linear_logprobs_with_stats(
     dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
     check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
     checks.number("gradient_bound", gradient_bound, low=0)
+    stats = tuple(dict.fromkeys(stats))
     for name in stats:
         checks.choice("stats", name, STATS)
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)

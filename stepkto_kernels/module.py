@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from stepkto_kernels import checks
+from stepkto_kernels.backend import BACKENDS
 from stepkto_kernels.config import LogitOptions, StepKTOConfig
 from stepkto_kernels.fused_step_kto import fused_linear_step_kto_loss
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
@@ -34,7 +37,7 @@ class StepKTOLoss(nn.Module):
     """
 
     running: Tensor  # (2,) fp64, z_o and z_s in nats
-    seen: Tensor  # () fp64, number of batches behind it
+    seen: Tensor  # (2,) fp64, numbers of batches behind them
 
     def __init__(
         self,
@@ -49,6 +52,9 @@ class StepKTOLoss(nn.Module):
     ):
         super().__init__()
         LogitOptions(temperature, logit_scale, softcap, ignore_index)
+        checks.instance("config", config, StepKTOConfig)
+        checks.memory_budget(memory_budget)
+        checks.choice("backend", backend, BACKENDS)
         self.config = config
         self.options = {
             "temperature": temperature,
@@ -59,7 +65,7 @@ class StepKTOLoss(nn.Module):
             "backend": backend,
         }
         self.register_buffer("running", torch.zeros(2, dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))
         self._warned = False
 
     def forward(
@@ -127,7 +133,15 @@ class StepKTOLoss(nn.Module):
 
     @torch.no_grad()
     def _move(self, value: Tensor, known: Tensor) -> None:
-        decay = torch.where(self.seen > 0, self.config.ema_decay, 0.0)
+        decay = self.config.ema_decay * (self.seen > 0).double()
         moved = decay * self.running + (1 - decay) * value
         self.running.copy_(torch.where(known, moved, self.running))
-        self.seen += 1
+        self.seen += known
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> StepKTOLoss:
+        """Move with a model, but stay fp64: a mean of many batches does not fit bf16."""
+        before = {"running": self.running, "seen": self.seen}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self

@@ -75,9 +75,9 @@ class Fold:
     ):
         wide = lambda used: torch.zeros(n, dtype=torch.float64) if used else None
         self.n, self.vocabulary, self.stats, self.options = n, vocabulary, stats, options
-        self.top = torch.full((n,), torch.finfo(torch.float32).min)
+        self.top = torch.full((n,), torch.finfo(torch.float32).min, dtype=torch.float32)
         self.sum = torch.zeros(n, dtype=torch.float64)
-        self.target_logit = torch.zeros(n)
+        self.target_logit = torch.zeros(n, dtype=torch.float32)
         self.logit_sum = wide("mean_logit" in stats)
         self.moment = wide("entropy" in stats)
         self.square_sum = wide("log_sum_sq_prob" in stats)
@@ -105,7 +105,7 @@ class Fold:
         top is the largest logit so far. Returns what sums over earlier tiles are to be multiplied
         by, (n,), as that may have risen.
         """
-        rescale = torch.empty(tile.x.shape[0])
+        rescale = torch.empty(tile.x.shape[0], dtype=torch.float32)
         _native.fold_frozen(
             _tile(tile),
             self._state(rows),
@@ -117,8 +117,9 @@ class Fold:
 
     def finish(self) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
         """Log-prob of the target (n,), its log-sum-exp, and the statistics by name (n,)."""
-        logp, logsum = torch.empty(self.n), torch.empty(self.n)
-        values = {name: torch.empty(self.n) for name in self.stats}
+        row = lambda: torch.empty(self.n, dtype=torch.float32)
+        logp, logsum = row(), row()
+        values = {name: row() for name in self.stats}
         pointer = lambda name: values[name].data_ptr() if name in values else 0
         _native.finish(
             self._state(slice(0, self.n)),
@@ -210,7 +211,7 @@ def token_slopes(
 ) -> Tensor:
     """segment_loss.token_slopes, fp32."""
     logps, ref_logps = logps.contiguous(), ref_logps.contiguous()
-    g = torch.empty(logps.shape)
+    g = torch.empty(logps.shape, dtype=torch.float32)
     segments, _held = _segments(index, rows)
     _native.token_slopes(
         segments,
@@ -227,10 +228,12 @@ def token_slopes(
 
 
 def _check_index(index: SegmentIndex) -> None:
-    """The kernels write where an index points, so it must point inside."""
+    """The kernels write where indices and labels point, so they must point inside."""
     for name, value, size in (
         ("sequence_index", index.sequence_index, index.num_sequences),
         ("step_index", index.step_index, index.num_steps),
+        ("outcome_label", index.outcome_label, 2),
+        ("step_label", index.step_label, 2),
         ("step_sequence", index.step_sequence, index.num_sequences),
     ):
         if value.numel():

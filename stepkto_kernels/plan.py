@@ -47,7 +47,7 @@ def vocab_chunk(V: int, device_type: str) -> int:
     """Columns of a logits tile.
 
     A function of V alone, never of N, mode or budget: a token's log-prob is folded tile by tile,
-    and its bits must not depend on what else is in the batch. Even chunks, so none is narrow.
+    and its bits must not depend on what else is in the batch. Even but for rounding to 64.
     """
     widest = VOCAB_CHUNK.get(device_type, VOCAB_CHUNK["cuda"])
     if V <= widest:

@@ -103,7 +103,8 @@ def linear_logprobs_with_stats(
         "is_top1": lambda: at_target >= z.amax(-1),
         "log_sum_sq_prob": lambda: (2 * log_p).logsumexp(-1).detach(),
     }
-    return logps, {name: torch.where(scored, formulas[name](), 0) for name in stats}
+    values = {name: formulas[name]() for name in stats}
+    return logps, {name: torch.where(scored, x, torch.zeros_like(x)) for name, x in values.items()}
 
 
 def segment_sums(ratio: Tensor, segments: StepSegments) -> tuple[Tensor, Tensor]:
@@ -154,8 +155,9 @@ def _kto(
     r: Tensor, label: Tensor, z: Tensor | float, beta: float, desirable: float, undesirable: float
 ) -> Tensor:
     """lam * sigmoid(-sign * beta * (r - z)) of the labelled segments, 0 for the others."""
-    sign = torch.where(label > 0, 1.0, -1.0).to(r.dtype)
-    lam = torch.where(label > 0, desirable, undesirable).to(r.dtype)
+    number = lambda value: r.new_full((), value)  # a bare number takes the default dtype
+    sign = torch.where(label > 0, number(1.0), number(-1.0))
+    lam = torch.where(label > 0, number(desirable), number(undesirable))
     return torch.where(label >= 0, lam * torch.sigmoid(-sign * beta * (r - z)), 0.0)
 
 

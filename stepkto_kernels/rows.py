@@ -50,8 +50,9 @@ def transform_(logits: Tensor, bias: Tensor | None, options: LogitOptions) -> Te
 def cap_slope(z: Tensor, options: LogitOptions) -> Tensor:
     """d cap / d (its argument) = 1 - tanh(.)**2, from the transformed z. Any shape, fp32."""
     assert options.softcap is not None
+    flat = z.new_full((), options.softcap) / options.temperature  # |z| where tanh rounds to 1
     tanh = z * (options.temperature / options.softcap)
-    return tanh.square_().neg_().add_(1.0)
+    return tanh.square_().neg_().add_(1.0).masked_fill_(z.abs() >= flat, 0.0)
 
 
 def max_and_logsum(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ class Fold:
         self.vocabulary = vocabulary
         self.stats = stats
         self.options = options
-        self.running_top = torch.full((n,), torch.finfo(torch.float32).min, device=device)
+        self.running_top = new(n).fill_(torch.finfo(torch.float32).min)
         self.partial = {name: new(n, chunks) for name in stats if name != "is_top1"}
 
     def add(self, tile: Tile, rows: slice, chunk: int) -> None:
@@ -108,7 +109,9 @@ class Fold:
         if "mean_logit" in self.partial:
             self.partial["mean_logit"][rows, chunk] = z.sum(1)
         if "entropy" in self.partial or "log_sum_sq_prob" in self.partial:
-            log_p = z.log_softmax(1).clamp_(min=-1e4)  # within the chunk; 0 * -inf would be NaN
+            # within the chunk; a masked column would be 0 * -inf, a masked chunk NaN
+            log_p = z.log_softmax(1).clamp_(min=-1e4)
+            log_p = log_p.masked_fill_((top == -torch.inf)[:, None], -1e4)
             if "entropy" in self.partial:
                 self.partial["entropy"][rows, chunk] = -(log_p.exp() * log_p).sum(1)
             if "log_sum_sq_prob" in self.partial:
@@ -199,7 +202,8 @@ def dlogits_(tile: Tile, row: RowGradient, options: LogitOptions) -> Tensor:
     if row.dentropy is not None:
         assert row.dlogp is not None and row.entropy is not None
         pull = lambda log_p, wide: (log_p + row.entropy[wide]) * row.dentropy[wide]
-        at_target = at_target - row.logp.exp() * pull(row.logp, slice(None))
+        finite = row.logp.clamp(min=-1e4)
+        at_target = at_target - finite.exp() * pull(finite, slice(None))
         wide = (slice(None), None)
         factor = pull(z.clamp_(min=-1e4), wide).add_(row.dlogp[wide])
         z.exp_().mul_(factor).neg_()

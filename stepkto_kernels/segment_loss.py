@@ -100,8 +100,9 @@ def kto_terms(
     r: Tensor, label: Tensor, z: Tensor, beta: float, desirable: float, undesirable: float
 ) -> Terms:
     right = label > 0
-    sign = torch.where(right, 1.0, -1.0).double()
-    lam = torch.where(right, desirable, undesirable).double()
+    number = lambda value: r.new_full((), value)  # fp64; a bare number takes the default dtype
+    sign = torch.where(right, number(1.0), number(-1.0))
+    lam = torch.where(right, number(desirable), number(undesirable))
     u = sign * beta * (r - z)
     wrongness = torch.sigmoid(-u)  # not 1 - sigmoid(u), which is 0 from u = 17 on in fp32
     # where, not a product: a NaN in an unlabelled segment is not in the loss
@@ -124,7 +125,8 @@ class SegmentBatch:
     def add(self, logps: Tensor, ref_logps: Tensor, rows: Tensor | None = None) -> None:
         """Add all tokens, or those at `rows` (n,). logps, ref_logps: (n,), nats."""
         options = self.options
-        clipped = (logps - ref_logps).clamp(options.clip_low, options.clip_high)
+        ratio = logps.double() - ref_logps.double()
+        clipped = ratio.clamp(options.clip_low, options.clip_high)
         for level, segment in enumerate(self.index.of_tokens(rows)):
             size = self.ratio[level].shape[0]
             self.ratio[level].add_(sum_by_index(clipped, segment, size))
@@ -219,7 +221,7 @@ def token_slopes(
     0 where the token's log-ratio was clipped.
     """
     sequence, step = index.of_tokens(rows)
-    ratio = logps - ref_logps
+    ratio = logps.double() - ref_logps.double()
     clipped = (ratio < options.clip_low) | (ratio > options.clip_high)
     g = take(outcome_slope, sequence) + take(step_slope, step)
     return torch.where(clipped, 0.0, scale * g).to(logps.dtype)

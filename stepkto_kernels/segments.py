@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stepkto_kernels import checks
+from stepkto_kernels.ops import custom_op
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,8 @@ class StepSegments:
             completion_mask: (B, T) bool or int, nonzero where the token is scored.
             outcome_label: (B,) int in {1, 0, -1}.
             step_labels: (B, K) int in {1, 0, -1}, padded with -1. Step k of sequence b becomes
-                step b * K + k, so that S = B * K needs no look at the values.
+                step b * K + k, so that S = B * K needs no look at the values. A step without
+                tokens takes no part in the loss.
         Raises:
             ValueError: shapes or dtypes differ; on the CPU also a step id outside of [-1, K).
         """
@@ -92,10 +94,12 @@ class StepSegments:
         sequence = torch.arange(B, device=step_ids.device)[:, None].expand(B, T)
         in_step = scored & (step_ids >= 0)
         step_index = torch.where(in_step, step_ids + sequence * K, -1)
-        step_sequence = torch.arange(B, device=step_ids.device).repeat_interleave(K)
+        sequence = torch.where(scored, sequence, -1).reshape(-1)
+        step_index = step_index.reshape(-1)
+        step_sequence = _sequence_of_steps(step_index, sequence, B * K)
         return cls(
-            sequence_index=torch.where(scored, sequence, -1).reshape(-1).int(),
-            step_index=step_index.reshape(-1).int(),
+            sequence_index=sequence.int(),
+            step_index=step_index.int(),
             outcome_label=outcome_label.to(torch.int8),
             step_label=step_labels.reshape(-1).to(torch.int8),
             step_sequence=step_sequence.int(),
@@ -117,11 +121,10 @@ class StepSegments:
                 tokens from cu_seqlens[B] on are padding.
             step_index: (N,) int, step of each token in [0, S) over the whole batch, -1 = in none.
             outcome_label: (B,) int in {1, 0, -1}.
-            step_labels: (S,) int in {1, 0, -1}. A step without tokens belongs to no sequence and
-                takes no part in the loss.
+            step_labels: (S,) int in {1, 0, -1}. A step without tokens takes no part in the loss.
             completion_mask: (N,) bool or int, zero where a token is not scored; None scores all.
         Raises:
-            ValueError: shapes or dtypes differ.
+            ValueError: shapes or dtypes differ; on the CPU also a step index outside of [-1, S).
         """
         checks.tensor("cu_seqlens", cu_seqlens, dtypes=checks.INDEX_DTYPES, ndim=1)
         checks.tensor("step_index", step_index, dtypes=checks.INDEX_DTYPES, ndim=1)
@@ -129,6 +132,12 @@ class StepSegments:
         checks.tensor("outcome_label", outcome_label, dtypes=checks.LABEL_DTYPES, ndim=1)
         checks.shape("outcome_label", outcome_label, (B,), "(B,)")
         checks.tensor("step_labels", step_labels, dtypes=checks.LABEL_DTYPES, ndim=1)
+        if N and checks.values_are_free(step_index):
+            S = step_labels.shape[0]
+            low, high = (int(x) for x in step_index.aminmax())
+            checks.require(
+                -1 <= low and high < S, "step_index", f"values in [-1, S) = [-1, {S})", (low, high)
+            )
         position = torch.arange(N, device=step_index.device)
         sequence = torch.bucketize(position, cu_seqlens.long(), right=True) - 1
         scored = (sequence >= 0) & (sequence < B)
@@ -138,16 +147,13 @@ class StepSegments:
             scored = scored & (completion_mask != 0)
         sequence = torch.where(scored, sequence, -1)
         step_index = torch.where(scored, step_index, -1)
-        S = step_labels.shape[0]
-        step_sequence = torch.full((S + 1,), -1, device=step_index.device)
-        # amax, not plain scatter: the same result in any order of writes
-        step_sequence.scatter_reduce_(0, _slot(step_index, S), sequence, "amax")
+        step_sequence = _sequence_of_steps(step_index, sequence, step_labels.shape[0])
         return cls(
             sequence_index=sequence.int(),
             step_index=step_index.int(),
             outcome_label=outcome_label.to(torch.int8),
             step_label=step_labels.to(torch.int8),
-            step_sequence=step_sequence[:S].int(),
+            step_sequence=step_sequence.int(),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "StepSegments":
@@ -183,6 +189,14 @@ class StepSegments:
         return self
 
 
+def _sequence_of_steps(step_index: Tensor, sequence: Tensor, S: int) -> Tensor:
+    """Sequence of each step, -1 for a step without tokens. (N,), (N,) -> (S,) int64."""
+    out = torch.full((S + 1,), -1, dtype=torch.int64, device=step_index.device)
+    # amax, not plain scatter: the same result in any order of writes
+    out.scatter_reduce_(0, _slot(step_index, S), sequence, "amax")
+    return out[:S]
+
+
 def _slot(index: Tensor, size: int) -> Tensor:
     """Index with -1 sent to an extra last slot, so that no branch looks at the values."""
     return torch.where(index >= 0, index, size).long()
@@ -204,7 +218,7 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return padded[_slot(index, values.shape[0])]
 
 
-@torch.library.custom_op("stepkto::segment_sums", mutates_args=())
+@custom_op("stepkto::segment_sums")
 def _segment_sums(
     ratio: Tensor, sequence_index: Tensor, step_index: Tensor, num_sequences: int, num_steps: int
 ) -> tuple[Tensor, Tensor]:
@@ -218,7 +232,7 @@ def _(ratio, sequence_index, step_index, num_sequences, num_steps):  # type: ign
     return ratio.new_empty(num_sequences), ratio.new_empty(num_steps)
 
 
-@torch.library.custom_op("stepkto::segment_sums_bwd", mutates_args=())
+@custom_op("stepkto::segment_sums_bwd")
 def _segment_sums_bwd(
     doutcome: Tensor, dstep: Tensor, sequence_index: Tensor, step_index: Tensor
 ) -> Tensor:

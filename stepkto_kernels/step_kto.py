@@ -4,6 +4,7 @@ segment_loss.py has the formulas; here are the custom op, reference points, norm
 public functions. Letters: N tokens, B sequences, S steps.
 """
 
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from stepkto_kernels import backend as backends
 from stepkto_kernels import checks, native, segment_loss
 from stepkto_kernels.config import SegmentOptions, StepKTOConfig
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
+from stepkto_kernels.ops import custom_op
 from stepkto_kernels.segment_loss import SegmentBatch, SegmentIndex, mean_over, term_counts
 from stepkto_kernels.segments import StepSegments
 
@@ -39,7 +41,7 @@ def kernels(backend: str) -> ModuleType:
     return native if backend == "native" else segment_loss
 
 
-@torch.library.custom_op("stepkto::step_kto", mutates_args=())
+@custom_op("stepkto::step_kto")
 def _step_kto(
     logps: Tensor,
     ref_logps: Tensor,
@@ -67,7 +69,7 @@ def _(logps, ref_logps, index, z_o, z_s, n_o, n_s, matched, options, backend):  
     return logps.new_empty(()), *(wide(*size) for size in sizes)
 
 
-@torch.library.custom_op("stepkto::step_kto_bwd", mutates_args=())
+@custom_op("stepkto::step_kto_bwd")
 def _step_kto_bwd(
     dloss: Tensor,
     logps: Tensor,
@@ -135,8 +137,7 @@ def step_kto_loss(
     Raises:
         ValueError: shape, dtype or device differs, or `baseline` and `config` do not fit.
     """
-    checks.token_tensor("logps", logps, segments)
-    checks.ref_logps(ref_logps, logps.shape, logps.dtype, logps.device)
+    check_log_probs(logps, ref_logps, segments, config)
     z, matched = resolve_baseline(baseline, config, logps.device)
     n = resolve_normalizer(normalizer, segments, config)
     loss, totals, _, _ = _step_kto(
@@ -152,10 +153,20 @@ def step_kto_loss(
     return loss, StepKTOMetrics(totals)
 
 
+def check_log_probs(
+    logps: Tensor, ref_logps: Tensor, segments: StepSegments, config: object
+) -> None:
+    checks.instance("segments", segments, StepSegments)
+    checks.instance("config", config, StepKTOConfig)
+    checks.token_tensor("logps", logps, segments)
+    checks.ref_logps(ref_logps, logps.shape, logps.dtype, logps.device)
+
+
 def resolve_baseline(
     baseline: KLBaseline | None, config: StepKTOConfig, device: torch.device
 ) -> tuple[tuple[Tensor, Tensor], bool]:
     """Reference points as 0-dim fp64 tensors, and whether to take them from the batch itself."""
+    checks.instance("config", config, StepKTOConfig)
     fixed = config.fixed_reference_point
     if fixed is not None:
         checks.require(
@@ -175,6 +186,7 @@ def resolve_baseline(
         " (kl_baseline makes one; 'zero' and 'matched' need none)",
         None,
     )
+    checks.instance("baseline", baseline, KLBaseline)
     assert baseline is not None
     z_o = as_scalar("baseline.outcome", baseline.outcome, device)
     return (z_o, as_scalar("baseline.step", baseline.step, device)), matched
@@ -185,17 +197,20 @@ def resolve_normalizer(
 ) -> tuple[Tensor, Tensor]:
     if normalizer is None:
         normalizer = loss_normalizer(segments, config)
+    checks.instance("normalizer", normalizer, LossNormalizer)
     return (
-        as_scalar("normalizer.outcome", normalizer.outcome, segments.device),
-        as_scalar("normalizer.step", normalizer.step, segments.device),
+        as_scalar("normalizer.outcome", normalizer.outcome, segments.device, low=0),
+        as_scalar("normalizer.step", normalizer.step, segments.device, low=0),
     )
 
 
-def as_scalar(name: str, value: Tensor | float, device: torch.device) -> Tensor:
+def as_scalar(
+    name: str, value: Tensor | float, device: torch.device, low: float = -math.inf
+) -> Tensor:
     if isinstance(value, Tensor):
         checks.shape(name, value, (), "()")
         return value.detach().to(device=device, dtype=torch.float64)
-    checks.number(name, value)
+    checks.number(name, value, low=low)
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
@@ -224,8 +239,7 @@ def kl_baseline(
     Raises:
         ValueError: shape, dtype or device differs.
     """
-    checks.token_tensor("logps", logps, segments)
-    checks.ref_logps(ref_logps, logps.shape, logps.dtype, logps.device)
+    check_log_probs(logps, ref_logps, segments, config)
     batch = SegmentBatch(SegmentIndex.of(segments), config.segment_options())
     batch.add(logps.reshape(-1), ref_logps.reshape(-1))
     parts = [mean_over(batch.r(level), batch.tokens[level] > 0) for level in (0, 1)]

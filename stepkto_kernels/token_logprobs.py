@@ -11,6 +11,7 @@ from torch import Tensor
 from stepkto_kernels import backend as backends
 from stepkto_kernels import checks, reference
 from stepkto_kernels.config import LogitOptions
+from stepkto_kernels.ops import custom_op
 from stepkto_kernels.plan import MIB, cut
 from stepkto_kernels.rows import (
     LogSumExp,
@@ -33,7 +34,7 @@ def _transformed(logits: Tensor, rows: slice, options: LogitOptions) -> Tensor:
     return transform_(logits[rows].to(torch.float32, copy=True), None, options)
 
 
-@torch.library.custom_op("stepkto::token_logprobs", mutates_args=())
+@custom_op("stepkto::token_logprobs")
 def _token_logprobs(
     logits: Tensor, target: Tensor, options: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +56,7 @@ def _(logits, target, options):  # type: ignore[no-untyped-def]
     return tuple(logits.new_empty(len(target), dtype=torch.float32) for _ in range(3))
 
 
-@torch.library.custom_op("stepkto::token_logprobs_bwd", mutates_args=())
+@custom_op("stepkto::token_logprobs_bwd")
 def _token_logprobs_bwd(
     dlogp: Tensor,
     logits: Tensor,

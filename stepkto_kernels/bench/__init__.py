@@ -1,0 +1,1 @@
+"""Benchmarks against the peers: `stepkto bench`, or `python benchmarks/run.py` in a checkout."""
