@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test results setup clean
+.PHONY: demo test results bench setup clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output out/demo $(ARGS)
@@ -14,11 +14,16 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Every figure of README.md, measured again. Run it on an idle machine.
+# Every figure of README.md, measured again. Run both on an idle machine. Peers take part in the
+# second, which takes hours, where they are installed: pip install '.[peers]'.
 results: $(READY)
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/run.py --suite memory
 	$(BIN)/python examples/demo.py --output out/demo
 	cp out/demo/results.json benchmarks/results/demo.json
+	$(BIN)/python benchmarks/readme.py
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py --suite head loss segments accuracy
 	$(BIN)/python benchmarks/readme.py
 
 setup: $(READY)

@@ -2,6 +2,9 @@
 
 python benchmarks/readme.py            # rewrites what stands between the begin and end marks
 python benchmarks/readme.py --check    # exits with 1 where README.md differs from the results
+
+A result without marks, or a table without its result, is an error; for marks with neither, the
+command that measures it is printed.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from stepkto_kernels.training.report import markdown_table, percent
@@ -18,24 +22,88 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
 
+Result = dict[str, Any]
 
-def memory_table(result: dict[str, Any]) -> str:
-    sizes = list(dict.fromkeys((row["N"], row["V"]) for row in result["rows"]))
-    by_mode: dict[str, list[str]] = {}
+
+def footer(result: Result) -> str:
+    versions = [f"torch {result['torch']}"]
+    versions += [f"{name} {version}" for name, version in result["versions"].items()]
+    return (
+        f"{result['device']}, {result['threads']} threads; {', '.join(versions)}; "
+        f"{result['date']}, commit {result['commit']}. `{result['command']}`\n"
+    )
+
+
+def who(row: Result) -> str:
+    return row["who"] if row["backend"] == "-" else f"{row['who']}, {row['backend']}"
+
+
+def shape(row: Result) -> str:
+    return f"{row['N']} x {row['H']} x {row['V']}, {row['dtype']}"
+
+
+def unique(values: Any) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def ratio_table(result: Result) -> str:
+    """A table for each shape: who by path, time over the bare GEMM and extra MiB."""
+    parts = []
+    for size in unique(map(shape, result["rows"])):
+        rows = [row for row in result["rows"] if shape(row) == size]
+        paths = unique(row["path"] for row in rows)
+        cells = {(who(row), row["path"]): ratio_cell(row) for row in rows if row["name"] != "gemm"}
+        table = [
+            [name, *(cells.get((name, path), "") for path in paths)]
+            for name in unique(name for name, _ in cells)
+        ]
+        bare = min(row["ms_best"] for row in rows if row["name"] == "gemm")
+        parts.append(markdown_table([size, *paths], table))
+        parts.append(f"\nThe bare GEMM of 3 units took {bare / 1000:.3g} s.\n\n")
+    return "".join(parts) + footer(result)
+
+
+def ratio_cell(row: Result) -> str:
+    if row["ratio"] is None:
+        return row["status"].partition(":")[0]
+    memory = "" if row["extra_mib"] is None else f", {max(row['extra_mib'], 0):.0f} MiB"
+    return f"{row['ratio']:.2f}{memory}"
+
+
+def memory_table(result: Result) -> str:
+    sizes = unique((row["N"], row["V"]) for row in result["rows"])
+    by_mode: dict[str, dict[tuple[int, int], str]] = {}
     for row in result["rows"]:
-        by_mode.setdefault(row["mode"], []).append(f"{row['extra_mib']:.0f}")
+        label = row["path"] if row["name"] == "ours" else row["who"]
+        if row["budget_mib"] is not None:
+            label += f", budget {row['budget_mib']} MiB"
+        cell = "failed" if row["extra_mib"] is None else f"{max(row['extra_mib'], 0):.0f}"
+        by_mode.setdefault(label, {})[row["N"], row["V"]] = cell
     table = markdown_table(
         ["MiB", *(f"N = {N}, V = {V}" for N, V in sizes)],
-        [[mode, *cells] for mode, cells in by_mode.items()],
+        [[mode, *(cells.get(size, "") for size in sizes)] for mode, cells in by_mode.items()],
     )
-    return (
-        f"{table}\n`cached` and `fused` were given a budget of {result['budget_mib']} MiB. "
-        f"{result['device']}, torch {result['torch']}, {result['date']}, "
-        f"commit {result['commit']}.\n"
-    )
+    return f"{table}\n{footer(result)}"
 
 
-def demo_table(result: dict[str, Any]) -> str:
+def accuracy_table(result: Result) -> str:
+    """The worst of all paths of each contender, by dtype."""
+    dtypes = unique(row["dtype"] for row in result["rows"])
+    worst: dict[tuple[str, str], tuple[float, float]] = {}
+    for row in result["rows"]:
+        key = who(row), row["dtype"]
+        gradient = max(row["dhidden_error"] or 0, row["dweight_error"] or 0)
+        before = worst.get(key, (0.0, 0.0))
+        worst[key] = max(before[0], row["max_dlogp"] or 0), max(before[1], gradient)
+    rows = []
+    for name in unique(name for name, _ in worst):
+        cells = [f"{value:.1e}" for dtype in dtypes for value in worst.get((name, dtype), ())]
+        rows.append([name, *cells])
+    header = ["error", *(f"{dtype} {what}" for dtype in dtypes for what in ("logp", "gradients"))]
+    return f"{markdown_table(header, rows)}\n{footer(result)}"
+
+
+def demo_table(result: Result) -> str:
     samples = result["settings"]["samples"]
     columns = {
         "pass@1": "Pass@1",
@@ -53,30 +121,57 @@ def demo_table(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"memory_cpu": memory_table, "demo": demo_table}
+SUITES: dict[str, Callable[[Result], str]] = {
+    "head": ratio_table,
+    "loss": ratio_table,
+    "memory": memory_table,
+    "accuracy": accuracy_table,
+}
+TABLES = {f"{suite}_{d}": table for d in ("cpu", "cuda") for suite, table in SUITES.items()}
+TABLES["demo"] = demo_table
 
 
-def rewritten(text: str) -> str:
+def command(name: str) -> str:
+    suite, _, device = name.partition("_")
+    if not device:
+        return "make results"
+    return f"python benchmarks/run.py --suite {suite} --device {device}"
+
+
+def rewritten(text: str) -> tuple[str, list[str]]:
+    """The text with its tables, and what stands in the way of that."""
+    problems = []
     for name, table in TABLES.items():
-        result = json.loads((RESULTS / f"{name}.json").read_text())
         begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
-        if begin not in text or end not in text:
-            sys.exit(f"README.md has no marks for the table {name}")
+        marked = begin in text and end in text
         before, _, rest = text.partition(begin)
-        text = before + begin + table(result) + end + rest.partition(end)[2]
-    return text
+        old, _, after = rest.partition(end)
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            if marked and old:
+                problems.append(f"the table {name} has no result; measure it: {command(name)}")
+            elif marked:
+                print(f"no {path.name} yet; measure it: {command(name)}")
+        elif not marked:
+            problems.append(f"README.md has no marks for {path.name}; add\n{begin}{end}")
+        else:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            text = before + begin + table(result) + end + after
+    return text, problems
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="tables of README.md from the results")
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args()
-    old = README.read_text()
-    new = rewritten(old)
+    old = README.read_text(encoding="utf-8")
+    new, problems = rewritten(old)
+    for problem in problems:
+        print(problem, file=sys.stderr)
     if args.check:
-        return int(new != old)
-    README.write_text(new)
-    return 0
+        return int(new != old or bool(problems))
+    README.write_text(new, encoding="utf-8")
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

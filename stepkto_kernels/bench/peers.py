@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,26 +28,32 @@ from stepkto_kernels.bench.problems import HeadProblem, LossProblem
 
 # Each peer gets the chunks that serve it best. On a CPU those are not its defaults: torch's few
 # rows and TRL's 32768 columns took 8 and 1.6 times as long (1024 x 512 x 64000, fp32, two cores).
+# As they are shipped they run as torch-default and trl-default.
 TORCH_ROWS = {"cpu": 512}
-TRL_VOCAB_CHUNK = {"cpu": 2048, "cuda": 32768}
+TRL_COLUMNS = {"cpu": 2048}
+TRL_DEFAULT_COLUMNS = 32768  # what its trainer passes
 
 
 def naive_head(problem: HeadProblem, hidden: Tensor, weight: Tensor, path: str) -> Tensor:
     return reference.linear_logprobs(hidden, weight, problem.target)
 
 
-def torch_head(problem: HeadProblem, hidden: Tensor, weight: Tensor, path: str) -> Tensor:
-    rows = TORCH_ROWS.get(hidden.device.type)
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+def torch_head(
+    rows: Mapping[str, int], problem: HeadProblem, hidden: Tensor, weight: Tensor, path: str
+) -> Tensor:
+    chunk = rows.get(hidden.device.type)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
     return -torch.nn.functional.linear_cross_entropy(
         hidden, weight, problem.target, reduction="none", options=options
     )
 
 
-def trl_head(problem: HeadProblem, hidden: Tensor, weight: Tensor, path: str) -> Tensor:
+def trl_head(
+    columns: Mapping[str, int], problem: HeadProblem, hidden: Tensor, weight: Tensor, path: str
+) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
 
-    chunk = TRL_VOCAB_CHUNK[hidden.device.type]
+    chunk = columns.get(hidden.device.type, TRL_DEFAULT_COLUMNS)
     options = (1.0, chunk, None, 1.0, ())  # temperature, columns, softcap, scale, statistics
     return ChunkedLogProbFunction.apply(hidden, weight, None, problem.target, *options)[0]
 
@@ -106,13 +112,14 @@ class Peer:
     attribute: str | None = None  # of torch.nn.functional, where the peer is torch itself
     head: tuple[Mapping[str, int], Run] | None = None  # units and function
     loss: tuple[Mapping[str, int], Run, str] | None = None  # and what it includes
+    on_request: bool = False  # not one of --peers all
 
     def why_not(self, device: str) -> str | None:
         """Why it cannot run here, None where it can."""
         if version(self.package) is None:
             return f"not installed: pip install {self.package}"
         if device not in self.devices:
-            return f"its kernels need {' or '.join(self.devices)}"
+            return f"runs on {' or '.join(self.devices)} only"
         if self.attribute and not hasattr(torch.nn.functional, self.attribute):
             return f"torch {torch.__version__} has no functional.{self.attribute}"
         return None
@@ -120,6 +127,11 @@ class Peer:
     @property
     def who(self) -> str:
         return self.label if self.package == "torch" else f"{self.label} {version(self.package)}"
+
+    def shipped(self, label: str, head: Run) -> Peer:
+        """The same peer with its default chunks, on a CPU, where they are not the best."""
+        own = (_RECOMPUTE, head)
+        return replace(self, label=label, devices=("cpu",), head=own, loss=None, on_request=True)
 
 
 _RECOMPUTE = {"forward": 1, "frozen": 3, "recompute": 4}
@@ -138,15 +150,15 @@ PEERS = {
         "torch",
         "torch linear_cross_entropy",
         attribute="linear_cross_entropy",
-        head=(_RECOMPUTE, torch_head),
+        head=(_RECOMPUTE, partial(torch_head, TORCH_ROWS)),
     ),
     "trl": Peer(
         "trl",
         "TRL chunked",
-        head=(_RECOMPUTE, trl_head),
+        head=(_RECOMPUTE, partial(trl_head, TRL_COLUMNS)),
         loss=(
             {"kto": 4, "kto+ref": 5, "step_kto": 4},
-            partial(kto_of, trl_head),
+            partial(kto_of, partial(trl_head, TRL_COLUMNS)),
             "its log-probs, then the loss in plain torch",
         ),
     ),
@@ -166,6 +178,8 @@ PEERS = {
         head=(_RECOMPUTE, cce_head),
     ),
 }
+PEERS["torch-default"] = PEERS["torch"].shipped("torch, its default", partial(torch_head, {}))
+PEERS["trl-default"] = PEERS["trl"].shipped("TRL default", partial(trl_head, {}))
 
 
 def version(package: str) -> str | None:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, output: Path = OUTPUT) -> Non
         default=["all"],
         choices=[*PEERS, "all", "none"],
         metavar="PEER",
-        help=f"{', '.join(PEERS)}, all (default) or none",
+        help=f"{', '.join(PEERS)}, all (those without -default) or none",
     )
     add(
         "--shapes",
@@ -153,7 +153,9 @@ def run_suite(name: str, options: Options, output: Path, command: str) -> dict[s
 
 def _peers(names: list[str]) -> tuple[str, ...]:
     if "all" in names:
-        return tuple(PEERS)
+        named = [name for name in names if name in PEERS]
+        usual = [name for name, peer in PEERS.items() if not peer.on_request]
+        return tuple(dict.fromkeys(usual + named))
     return tuple(dict.fromkeys(name for name in names if name != "none"))
 
 
