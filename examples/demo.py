@@ -375,9 +375,9 @@ def write_report(
     )
     (output / "samples.txt").write_text(before_and_after(problems, evaluations), encoding="utf-8")
     results = {
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "settings": {name: v for name, v in vars(args).items() if not isinstance(v, Path)},
         "rounds": {
-            name: {key: None if math.isnan(v) else round(v, 4) for key, v in metrics.items()}
+            name: {key: None if math.isnan(v) else round(v, 6) for key, v in metrics.items()}
             for name, metrics in rounds.items()
         },
         "seconds": round(time.perf_counter() - START, 1),

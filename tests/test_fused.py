@@ -3,6 +3,7 @@
 Letters: N tokens, H hidden size, V vocabulary, B sequences, S steps.
 """
 
+import copy
 import random
 import warnings
 from dataclasses import replace
@@ -656,6 +657,33 @@ def test_running_mean_keeps_its_precision_in_a_bf16_model(call):
     with pytest.warns(UserWarning):
         _, metrics = module(*call())
     assert kl(metrics) == pytest.approx((2 - 0.999**20,) * 2, rel=1e-6)
+
+
+def test_module_is_copied_and_moved(call):
+    """Also from the meta device, where large models are built before they get memory."""
+    module = StepKTOLoss()
+    module(*call(), KLBaseline(1.0, 2.0))
+    assert torch.equal(copy.deepcopy(module).running, module.running)
+    assert torch.equal(module.to("cpu").double().running, module.running)
+    with torch.device("meta"):
+        empty = StepKTOLoss()
+    assert empty.running.device.type == "meta"
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(module.state_dict())
+    assert torch.equal(empty.running, module.running) and empty.running.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["mismatched", "ema"])
+def test_micro_batches_share_one_running_mean(call, kind):
+    """With update_running=False a call uses it and leaves it as it is."""
+    module = StepKTOLoss(StepKTOConfig(reference_point=kind))
+    baseline = KLBaseline(1.0, 2.0) if kind == "mismatched" else None
+    module(*call(2.0), baseline)
+    before = module.running.clone()
+    module(*call(5.0), baseline and KLBaseline(7.0, 7.0), update_running=False)
+    assert torch.equal(module.running, before)
+    module(*call(5.0), baseline and KLBaseline(7.0, 7.0))
+    assert not torch.equal(module.running, before)
 
 
 def test_fixed_reference_points_ignore_the_running_mean(call):

@@ -209,6 +209,22 @@ def test_upstream_gradient_of_zero(run, head_problem, dtype, mode):
 
 
 @pytest.mark.parametrize("mode", [name for name, (needs, _, _) in MODES.items() if needs])
+def test_nan_upstream_gradient_is_not_hidden(run, head_problem, mode):
+    """It is no gradient of 0 to be dropped; an ignored token has none, whatever comes back."""
+    problem = head_problem(bias=True)
+    ignored = (problem.target == -100).nonzero()[0, 0]
+    problem.upstream[ignored] = torch.nan
+    assert all(value.isfinite().all() for value in run(problem, mode).values())
+    problem.upstream[2] = torch.nan
+    results = run(problem, mode)
+    if "dhidden" in results:
+        assert results["dhidden"][2].isnan().all()
+        assert results["dhidden"][torch.arange(40) != 2].isfinite().all()
+    for name in {"dweight", "dbias"} & results.keys():
+        assert results[name].isnan().all()
+
+
+@pytest.mark.parametrize("mode", [name for name, (needs, _, _) in MODES.items() if needs])
 def test_expanded_upstream_gradient(check, head_problem, mode):
     """What logps.sum() sends back: one number with stride 0."""
     check(replace(head_problem(bias=True), upstream=torch.tensor(0.3).expand(40)), mode)
