@@ -143,5 +143,6 @@ class StepKTOLoss(nn.Module):
         before = {"running": self.running, "seen": self.seen}
         super()._apply(fn, recurse)
         for name, value in before.items():
-            setattr(self, name, value.to(getattr(self, name).device))
+            moved = getattr(self, name)
+            setattr(self, name, moved.double() if value.is_meta else value.to(moved.device))
         return self
