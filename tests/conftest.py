@@ -342,7 +342,7 @@ def baseline(config) -> KLBaseline | None:
     return KLBaseline(0.21, 0.13) if from_caller else None
 
 
-# ---- memory -----------------------------------------------------------------------------------
+# ---- cost -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -363,6 +363,25 @@ def allocations() -> Callable[[Callable[[], object]], tuple[int, int]]:
         return largest, peak
 
     return allocations
+
+
+@pytest.fixture
+def gemm_flops() -> Callable[[Callable[[], object]], int]:
+    """Floating-point operations of all matrix products in a call: 2 * n * k * m each."""
+
+    def gemm_flops(function: Callable[[], object]) -> int:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+        ) as profile:
+            function()
+        total = 0
+        for event in profile.events():
+            if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+                (n, k), (_, m) = event.input_shapes[0 if event.name == "aten::mm" else 1 :][:2]
+                total += 2 * n * k * m
+        return total
+
+    return gemm_flops
 
 
 # ---- the error bound --------------------------------------------------------------------------

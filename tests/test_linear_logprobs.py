@@ -678,6 +678,34 @@ def test_memory_budget_is_kept(evaluate, head_problem, allocations, backend, dty
     assert peak <= bytes_ + 4 * tile
 
 
+@pytest.mark.parametrize("ignored", ["none", "some"])
+@pytest.mark.parametrize(
+    ("mode", "units"),
+    [
+        ("no gradient", 1),
+        ("frozen head", 2),
+        ("cached, all rows", 3),
+        ("recompute", 4),
+        ("frozen hidden", 3),
+        ("only the bias", 2),
+    ],
+)
+def test_gemm_units(run, head_problem, gemm_flops, mode, units, ignored):
+    """A unit is one pass over the head by the tokens that are scored; ignored ones cost nothing."""
+    problem = head_problem(N=80 if ignored == "none" else 100, V=640, ignored=ignored)
+    problem = replace(problem, upstream=torch.ones(problem.target.shape), bias=torch.zeros(640))
+    assert (problem.target >= 0).sum() == 80
+    assert gemm_flops(lambda: run(problem, mode)) == units * 2 * 80 * 640 * 64
+
+
+def test_tokens_without_an_upstream_gradient_cost_no_backward_gemm(run, head_problem, gemm_flops):
+    problem = head_problem(N=96, V=640, ignored="none")
+    assert (problem.upstream == 0).sum() == 32
+    unit = 2 * 640 * 64
+    assert gemm_flops(lambda: run(problem, "recompute")) == (96 + 3 * 64) * unit
+    assert gemm_flops(lambda: run(problem, "cached, all rows")) == (96 + 2 * 64) * unit
+
+
 def test_shapes_alone_decide(head_problem, backend):
     """Nothing outside of the ops looks at a value: tensors without any do, as while compiling."""
     problem = head_problem()
