@@ -28,6 +28,7 @@ from stepkto_kernels.head import (
 from stepkto_kernels.linear_logprobs import (
     Group,
     check_head,
+    gradient_dtype,
     linear_logprobs,
     make_head,
     wants_grad,
@@ -75,11 +76,6 @@ def token_blocks(sequence_index: Tensor, capacity: int) -> list[Tensor]:
         blocks.append(order[start:stop])
         start = stop
     return blocks
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Gradients wait for the upstream one: fp16 would lose small ones that a loss scale lifts."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @custom_op("stepkto::fused_step_kto")

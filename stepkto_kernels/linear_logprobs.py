@@ -87,6 +87,11 @@ def _plan(
     )
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Gradients wait for the upstream one: fp16 would lose small ones that a loss scale lifts."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 @custom_op("stepkto::linear_logprobs")
 def _linear_logprobs(
     hidden: Tensor,
@@ -109,8 +114,7 @@ def _linear_logprobs(
     names = tuple(stats.split())
     plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, names, memory_budget)
     head = make_head(hidden, weight, target, bias, LogitOptions.unpack(options), backend)
-    # fp16 would lose small rows that a loss scale lifts in the backward pass
-    kept_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    kept_dtype = gradient_dtype(hidden.dtype)
     dlogp_dhidden, cache = hidden.new_empty(0, dtype=kept_dtype), hidden.new_empty(0)
     if plan.mode == "frozen":
         logp, lse, values, row = forward_frozen(head, names)
@@ -149,7 +153,7 @@ def _(  # type: ignore[no-untyped-def]
     N, H = hidden.shape
     row = lambda: hidden.new_empty(N, dtype=torch.float32)
     stacked = hidden.new_empty(len(names), N, dtype=torch.float32)
-    kept_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    kept_dtype = gradient_dtype(hidden.dtype)
     shape = (N, H) if plan.mode == "frozen" else (0,)
     dlogp_dhidden = hidden.new_empty(shape, dtype=kept_dtype)
     cache = hidden.new_empty(plan.cached_rows * weight.shape[0])
