@@ -7,8 +7,6 @@ passes of linear_logprobs instead: forward, then recompute.
 Letters: N tokens, n tokens of a block, H hidden size, V vocabulary, B sequences, S steps.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,6 @@ from stepkto_kernels.head import (
     full_rows_backward,
     pick_rows,
     recompute_backward,
-    subset,
     vocab_tiles,
 )
 from stepkto_kernels.linear_logprobs import (
@@ -119,13 +116,13 @@ def _fused_step_kto(
     kept_dtype = gradient_dtype(hidden.dtype)
     dhidden = torch.zeros_like(hidden, dtype=kept_dtype) if needs_hidden else None
     weights = WeightGradients(
-        fp32(*weight.shape) if needs_weight else None,
+        torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None,
         fp32(V) if needs_bias else None,
     )
     for block in blocks:
         rows = kept[block]
         has_target = target[rows] != head.options.ignore_index
-        part = replace(head, rows=rows[has_target])
+        part = head.pick(rows[has_target])
         tiles = None
         if len(rows) <= capacity:
             tiles, logp, lse, _ = full_rows(part, vocab_tiles(part, scratch, part.n))
@@ -144,9 +141,9 @@ def _fused_step_kto(
         pulled = ~(g[has_target].abs() <= gradient_bound)
         if not bool(pulled.all()):
             pulled = pulled.nonzero()[:, 0]
-            part, row = subset(part, pulled), row.rows(pulled)
+            part, row = part.pick(pulled), row.rows(pulled)
             tiles = None if tiles is None else pick_rows(tiles, pulled)
-        wide = fp32(part.n, H) if needs_hidden else None
+        wide = torch.zeros_like(part.hidden, dtype=torch.float32) if needs_hidden else None
         if tiles is None:
             recompute_backward(part, row, wide, weights)
         else:

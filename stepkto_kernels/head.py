@@ -17,7 +17,7 @@ from torch import Tensor
 from stepkto_kernels import native
 from stepkto_kernels import rows as torch_rows
 from stepkto_kernels.config import LogitOptions
-from stepkto_kernels.plan import cut
+from stepkto_kernels.plan import cut, even_chunk
 from stepkto_kernels.rows import LogSumExp, RowGradient, Tile, cap_slope
 
 MIN_GEMM = 16  # below this many rows or columns a CPU GEMM gives a row other bits
@@ -27,71 +27,88 @@ MIN_GEMM = 16  # below this many rows or columns a CPU GEMM gives a row other bi
 class Head:
     """The tokens of one call, the lm_head, and how both are cut into tiles.
 
-    `rows` are the tokens that are kept; on the CPU the ignored ones are never computed. None keeps
-    all: on a GPU, counting them would wait for the device.
+    It holds the tokens that are kept, gathered and widened once for all tiles; on the CPU the
+    ignored ones are never computed. On a GPU all are kept: counting them would wait for the device.
     """
 
-    hidden: Tensor  # (N, H)
+    hidden: Tensor  # (n, H), in gemm_dtype once `keep` or `pick` was called
     weight: Tensor  # (V, H)
-    target: Tensor  # (N,) int64
+    target: Tensor  # (n,) int64
     bias: Tensor | None  # (V,)
     options: LogitOptions
     backend: str  # "torch" or "native": whose row kernels work on the tiles
     token_chunk: int
     vocab_chunk: int
-    rows: Tensor | None = None  # (n,) int64, ascending
+    num_tokens: int  # N
+    rows: Tensor | None = None  # (n,) int64, which of the N tokens are kept; None: all
 
     def keep(self, mask: Tensor) -> Head:
-        """Drop the tokens where mask (N,) is False, where that needs no wait for a device."""
+        """Drop the tokens where mask (n,) is False, where that needs no wait for a device."""
         if mask.device.type != "cpu" or bool(mask.all()):
-            return self
-        return replace(self, rows=mask.nonzero()[:, 0])
+            return replace(self, hidden=self.hidden.to(self.gemm_dtype))
+        return self.pick(mask.nonzero()[:, 0])
+
+    def pick(self, kept: slice | Tensor) -> Head:
+        """Some of the kept tokens only."""
+        rows = self.rows
+        if rows is None:
+            rows = torch.arange(self.num_tokens, device=self.hidden.device)
+        return replace(
+            self,
+            hidden=self.hidden[kept].to(self.gemm_dtype),
+            target=self.target[kept],
+            rows=rows[kept],
+        )
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        """CPU GEMMs would round narrow results, so there everything is widened first."""
+        return torch.float32 if self.hidden.device.type == "cpu" else self.weight.dtype
 
     @property
     def n(self) -> int:
-        return self.hidden.shape[0] if self.rows is None else self.rows.shape[0]
+        return self.hidden.shape[0]
 
     @property
     def token_slices(self) -> list[slice]:
-        return cut(self.n, self.token_chunk)
+        return cut(self.n, even_chunk(self.n, self.token_chunk))
 
     @property
     def vocab_slices(self) -> list[slice]:
         return cut(self.weight.shape[0], self.vocab_chunk)
 
-    @property
-    def gemm_dtype(self) -> torch.dtype:
-        """CPU GEMMs would round narrow results, so there everything is widened first."""
-        return torch.float32 if self.hidden.device.type == "cpu" else self.hidden.dtype
-
-    def take(self, full: Tensor, tokens: slice) -> Tensor:
-        """Rows `tokens` of the kept tokens, out of a tensor over all N."""
-        return full[tokens] if self.rows is None else full[self.rows[tokens]]
-
     def spread(self, kept: Tensor) -> Tensor:
-        """The inverse: kept tokens (n, ...) into all tokens (N, ...), 0 elsewhere."""
+        """Kept tokens (n, ...) into all tokens (N, ...), 0 elsewhere."""
         if self.rows is None:
             return kept
-        full = kept.new_zeros(self.hidden.shape[0], *kept.shape[1:])
+        full = kept.new_zeros(self.num_tokens, *kept.shape[1:])
         full[self.rows] = kept
         return full
 
-    def hidden_tile(self, tokens: slice) -> Tensor:
-        return self.take(self.hidden, tokens).to(self.gemm_dtype)
-
     def weight_tile(self, vocab: slice) -> Tensor:
         return self.weight[vocab].to(self.gemm_dtype)
+
+    def scratch(self) -> Tensor | None:
+        """Memory for one tile after the other; None on a GPU, whose allocator keeps its blocks."""
+        if self.hidden.device.type != "cpu":
+            return None
+        size = min(self.n, self.token_chunk) * self.vocab_chunk
+        return torch.empty(size, dtype=torch.float32)
 
     @property
     def kernels(self) -> ModuleType:
         return native if self.backend == "native" else torch_rows
 
-    def tile(
-        self, tokens: slice, h: Tensor, w: Tensor, vocab: slice, out: Tensor | None = None
-    ) -> Tile:
-        """Logits of some tokens and a vocabulary chunk, ready for the row kernels. 1 GEMM."""
+    def tile(self, tokens: slice, w: Tensor, vocab: slice, out: Tensor | None) -> Tile:
+        """Logits of some tokens and a vocabulary chunk, ready for the row kernels. 1 GEMM.
+
+        w: weight_tile(vocab). out: contiguous memory for at least the tile; None: new memory.
+        """
+        h = self.hidden[tokens]
+        if out is not None:
+            out = out.view(-1)[: len(h) * len(w)].view(len(h), len(w))
         bias = None if self.bias is None else self.bias[vocab].float().contiguous()
-        tile = Tile(mm(h, w.T, out), self.take(self.target, tokens), vocab.start, bias)
+        tile = Tile(mm(h, w.T, out), self.target[tokens], vocab.start, bias)
         return self.kernels.prepare(tile, self.options)
 
     def new_fold(self, stats: tuple[str, ...] = ()) -> torch_rows.Fold:
@@ -130,10 +147,11 @@ def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def forward(head: Head, stats: tuple[str, ...] = ()) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
     """1 unit. Log-probs of the kept tokens (n,), their log-sum-exp, statistics by name (n,)."""
     fold = head.new_fold(stats)
+    scratch = head.scratch()
     for chunk, vocab in enumerate(head.vocab_slices):
         w = head.weight_tile(vocab)
         for tokens in head.token_slices:
-            fold.add(head.tile(tokens, head.hidden_tile(tokens), w, vocab), tokens, chunk)
+            fold.add(head.tile(tokens, w, vocab, scratch), tokens, chunk)
     return fold.finish()
 
 
@@ -147,18 +165,19 @@ def forward_frozen(
     """
     options = head.options
     fold = head.new_fold(stats)
-    expected = head.hidden.new_zeros(head.n, head.hidden.shape[1], dtype=torch.float32)
+    expected = torch.zeros_like(head.hidden, dtype=torch.float32)
+    scratch = head.scratch()
     for chunk, vocab in enumerate(head.vocab_slices):
         w = head.weight_tile(vocab)
         for tokens in head.token_slices:
-            tile = head.tile(tokens, head.hidden_tile(tokens), w, vocab)
+            tile = head.tile(tokens, w, vocab, scratch)
             # without the target: its share is added in the end as 1 - p, not from a rounded p
             expected[tokens] *= fold.add_frozen(tile, tokens, chunk)[:, None]
             add_mm_(expected[tokens], tile.x, w)
     logp, lse, values = fold.finish()
     chain = options.logit_scale / options.temperature
     for tokens in head.token_slices:
-        target = head.take(head.target, tokens)
+        target = head.target[tokens]
         others = -torch.exp(-lse.logsum[tokens]) * chain
         own = -torch.expm1(logp[tokens]) * chain
         if options.softcap is not None:
@@ -178,11 +197,10 @@ def full_rows(
     """
     everything = slice(0, head.n)
     fold = head.new_fold(stats)
-    h = head.hidden_tile(everything)
     tiles = []
     for chunk, vocab in enumerate(head.vocab_slices):
         out = None if scratch is None else scratch[chunk]
-        tiles.append(head.tile(everything, h, head.weight_tile(vocab), vocab, out))
+        tiles.append(head.tile(everything, head.weight_tile(vocab), vocab, out))
         fold.add(tiles[-1], everything, chunk)
     return tiles, *fold.finish()
 
@@ -205,44 +223,34 @@ def vocab_tiles(head: Head, flat: Tensor, rows: int) -> list[Tensor]:
 
 
 def forward_cached(
-    head: Head, cached_rows: int, stats: tuple[str, ...] = ()
+    head: Head, cached_rows: int, dtype: torch.dtype, stats: tuple[str, ...] = ()
 ) -> tuple[Tensor, LogSumExp, dict[str, Tensor], Tensor]:
     """1 unit. As `forward`, and (onehot - p) of the first `cached_rows` kept tokens, or of all.
 
-    It has the dtype of hidden, and the slopes of the logit options are in it.
+    It has the dtype `dtype`, and the slopes of the logit options are in it.
     """
     V = head.weight.shape[0]
-    cache = torch.empty(cached_rows * V, dtype=head.hidden.dtype, device=head.hidden.device)
+    cache = torch.empty(cached_rows * V, dtype=dtype, device=head.hidden.device)
     tiles = vocab_tiles(head, cache, cached_rows)
-    in_place = cache.dtype == torch.float32
+    in_place = dtype == torch.float32
     used = min(cached_rows, head.n)
     for tile in tiles:
         tile[used:] = 0  # rows of ignored tokens: unused, but an output like the others
     parts = []
-    for tokens in cut(used, head.token_chunk):
-        part = subset(head, tokens)
+    for tokens in head.pick(slice(0, used)).token_slices:
         scratch = [tile[tokens] for tile in tiles] if in_place else None
-        logits, logp, lse, values = full_rows(part, scratch, stats)
+        logits, logp, lse, values = full_rows(head.pick(tokens), scratch, stats)
         parts.append((logp, lse, values))
         row = RowGradient(lse, logp, dlogp=None)
         for source, tile in zip(logits, tiles, strict=True):
             d = head.kernels.dlogits_(source, row, head.options)
             if not in_place:
                 tile[tokens] = d
-    parts.append(forward(subset(head, slice(used, head.n)), stats))
+    parts.append(forward(head.pick(slice(used, head.n)), stats))
     logps, lses, all_values = zip(*parts, strict=True)
     lse = LogSumExp(torch.cat([p.top for p in lses]), torch.cat([p.logsum for p in lses]))
     values = {name: torch.cat([p[name] for p in all_values]) for name in stats}
     return torch.cat(logps), lse, values, cache
-
-
-def subset(head: Head, tokens: slice | Tensor) -> Head:
-    """The head with some of its kept tokens only."""
-    if head.rows is None:
-        rows = torch.arange(head.n, device=head.hidden.device)
-    else:
-        rows = head.rows
-    return replace(head, rows=rows[tokens])
 
 
 class WeightGradients:
@@ -296,12 +304,12 @@ def _recompute_chunk(
     w: Tensor,
     dhidden: Tensor | None,
     chunk: tuple[Tensor | None, Tensor | None],
+    scratch: Tensor | None,
 ) -> None:
     for tokens in head.token_slices:
-        h = head.hidden_tile(tokens)
-        tile = head.tile(tokens, h, w, vocab)
+        tile = head.tile(tokens, w, vocab, scratch)
         d = head.kernels.dlogits_(tile, row.rows(tokens), head.options)
-        _accumulate(d, h, w, None if dhidden is None else dhidden[tokens], chunk)
+        _accumulate(d, head.hidden[tokens], w, None if dhidden is None else dhidden[tokens], chunk)
 
 
 def recompute_backward(
@@ -311,9 +319,10 @@ def recompute_backward(
 
     row: of the kept tokens. dhidden: (n, H) fp32 that is added to, None if not wanted.
     """
+    scratch = head.scratch()
     for vocab in head.vocab_slices:
         chunk = weights.begin(vocab)
-        _recompute_chunk(head, row, vocab, head.weight_tile(vocab), dhidden, chunk)
+        _recompute_chunk(head, row, vocab, head.weight_tile(vocab), dhidden, chunk, scratch)
         weights.end(vocab, chunk)
 
 
@@ -325,11 +334,10 @@ def full_rows_backward(
     weights: WeightGradients,
 ) -> None:
     """1 unit for each gradient, from the logits that `full_rows` left of all kept tokens."""
-    h = head.hidden_tile(slice(0, head.n))
     for vocab, tile in zip(head.vocab_slices, tiles, strict=True):
         chunk = weights.begin(vocab)
         d = head.kernels.dlogits_(tile, row, head.options)
-        _accumulate(d, h, head.weight_tile(vocab), dhidden, chunk)
+        _accumulate(d, head.hidden, head.weight_tile(vocab), dhidden, chunk)
         weights.end(vocab, chunk)
 
 
@@ -344,8 +352,9 @@ def cached_backward(
 ) -> None:
     """1 unit for each gradient of the cached tokens; the rest is recomputed.
 
-    dhidden = g * (D @ W), dweight = D.T @ (g * hidden), D = onehot - p. active: (n,) bool, the
-    tokens that have a gradient at all; None: all.
+    dhidden = g * (D @ W), dweight = D.T @ (g * hidden), D = onehot - p: g never meets D itself,
+    which is as large as the logits. active: (n,) bool, the tokens that have a gradient at all;
+    None: all.
     """
     assert row.dlogp is not None
     used = min(cached_rows, head.n)
@@ -353,20 +362,29 @@ def cached_backward(
     if active is not None:
         where = active.nonzero()[:, 0]
         groups = where[where < used], where[where >= used]
-    cached, rest = (subset(head, group) for group in groups)
-    g, rest_row = row.dlogp[groups[0]], row.rows(groups[1])
+    cached, rest = (head.pick(group) for group in groups)
+    g, rest_row = row.dlogp[groups[0], None], row.rows(groups[1])
+    # a token without gradient may hold anything, so 0 does not come from a product with it
+    scaled = (g * cached.hidden).masked_fill_(g == 0, 0.0).to(head.gemm_dtype)
     wide, rest_wide = (None if dhidden is None else dhidden[group] for group in groups)
+    scratch = rest.scratch()
     for vocab, tile in zip(head.vocab_slices, vocab_tiles(head, cache, cached_rows), strict=True):
         chunk = weights.begin(vocab)
         w = head.weight_tile(vocab)
         for tokens in cached.token_slices:
             kept = tile[tokens] if isinstance(groups[0], slice) else tile[groups[0][tokens]]
-            d = kept.float() * g[tokens, None]
-            _accumulate(
-                d, cached.hidden_tile(tokens), w, None if wide is None else wide[tokens], chunk
-            )
-        _recompute_chunk(rest, rest_row, vocab, w, rest_wide, chunk)
+            d = kept.to(head.gemm_dtype)
+            if wide is not None:
+                add_mm_(wide[tokens], d, w)
+            dweight, dbias = chunk
+            if dweight is not None:
+                add_mm_(dweight, d.T, scaled[tokens])
+            if dbias is not None:
+                dbias += d.float().T @ g[tokens, 0]
+        _recompute_chunk(rest, rest_row, vocab, w, rest_wide, chunk, scratch)
         weights.end(vocab, chunk)
+    if wide is not None:
+        wide.mul_(g)
     if active is not None:  # an index made copies, a slice did not
         for group, part in zip(groups, (wide, rest_wide), strict=True):
             if dhidden is not None and part is not None:

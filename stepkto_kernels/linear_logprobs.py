@@ -56,14 +56,21 @@ def make_head(
     options: LogitOptions,
     backend: str,
 ) -> Head:
-    """Head over the tokens that are not ignored; checks targets on the CPU."""
+    """Head over all tokens; checks targets on the CPU."""
     device = hidden.device.type
-    scored = target != options.ignore_index
     V = weight.shape[0]
-    checks.targets(target, scored, V, options.ignore_index)
-    chunks = token_chunk(device), vocab_chunk(V, device)
-    head = Head(hidden, weight, target.contiguous(), bias, options, backend, *chunks)
-    return head.keep(scored)
+    checks.targets(target, target != options.ignore_index, V, options.ignore_index)
+    return Head(
+        hidden,
+        weight,
+        target.contiguous(),
+        bias,
+        options,
+        backend,
+        token_chunk(device),
+        vocab_chunk(V, device),
+        num_tokens=hidden.shape[0],
+    )
 
 
 def _plan(
@@ -114,17 +121,18 @@ def _linear_logprobs(
     names = tuple(stats.split())
     plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, names, memory_budget)
     head = make_head(hidden, weight, target, bias, LogitOptions.unpack(options), backend)
+    scored = target != head.options.ignore_index
+    head = head.keep(scored)
     kept_dtype = gradient_dtype(hidden.dtype)
     dlogp_dhidden, cache = hidden.new_empty(0, dtype=kept_dtype), hidden.new_empty(0)
     if plan.mode == "frozen":
         logp, lse, values, row = forward_frozen(head, names)
         dlogp_dhidden = head.spread(row.to(kept_dtype))
     elif plan.mode == "cached":
-        logp, lse, values, cache = forward_cached(head, plan.cached_rows, names)
+        logp, lse, values, cache = forward_cached(head, plan.cached_rows, hidden.dtype, names)
     else:
         logp, lse, values = forward(head, names)
     if head.rows is None:  # the ignored tokens were computed along
-        scored = target != head.options.ignore_index
         logp = torch.where(scored, logp, 0.0)
         values = {name: torch.where(scored, value, 0.0) for name, value in values.items()}
     rows = [head.spread(values[name]) for name in names]
@@ -192,17 +200,18 @@ def _linear_logprobs_bwd(
         return dhidden, weight.new_empty(0), weight.new_empty(0)
     stats = [] if entropy is None else ["entropy"]
     plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, stats, memory_budget)
-    head = make_head(hidden, weight, target, bias, opts, backend)
+    scored = target != opts.ignore_index
     if dentropy is not None:
-        pulled |= (dentropy != 0) & (target != opts.ignore_index)
-    if plan.mode != "cached":
-        head = head.keep(pulled)
+        pulled |= (dentropy != 0) & scored
+    # the cache holds the scored tokens, so the numbering of those must stay
+    head = make_head(hidden, weight, target, bias, opts, backend)
+    head = head.keep(scored if plan.mode == "cached" else pulled)
     row = RowGradient(LogSumExp(top, logsum), logp, dlogp, dentropy, entropy)
     row = row.rows(slice(None) if head.rows is None else head.rows)
 
     wide = None
     if needs_hidden:
-        wide = hidden.new_zeros(head.n, hidden.shape[1], dtype=torch.float32)
+        wide = torch.zeros_like(head.hidden, dtype=torch.float32)
     weights = WeightGradients(
         torch.zeros_like(weight) if needs_weight else None,
         torch.zeros_like(bias) if bias is not None and needs_bias else None,

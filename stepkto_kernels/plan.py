@@ -2,24 +2,59 @@
 
 A unit is one pass of the lm_head GEMM, 2 * N * H * V floating-point operations.
 Letters: N tokens, H hidden size, V vocabulary, R cached rows.
+The one thing that is looked up rather than given is the size of the CPU's last-level cache.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Mode = Literal["forward", "frozen", "cached", "recompute"]
 
 MIB = 2**20
-# Vocabulary columns and tokens of a logits tile. On the CPU a tile and the weight rows behind it
-# are to stay in the last-level cache; on a GPU the GEMM has to fill the device.
-VOCAB_CHUNK = {"cpu": 2048, "cuda": 8192}
-TOKEN_CHUNK = {"cpu": 512, "cuda": 4096}
+FP32_BYTES = 4
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+UNKNOWN_CACHE = 32 * MIB
+
+
+def last_level_cache(caches: Path = CACHES) -> int:
+    """Bytes of this CPU's last-level cache; UNKNOWN_CACHE where the system does not say.
+
+    From Linux's sysfs, which names what one group of cores shares; sysconf gives some CPUs' sum.
+    """
+    units = {"K": 2**10, "M": MIB}
+    try:
+        sizes = [path.read_text().strip() for path in caches.glob("index*/size")]
+        return max(int(size[:-1]) * units[size[-1]] for size in sizes)
+    except (OSError, ValueError, KeyError, IndexError):
+        return UNKNOWN_CACHE
+
+
+def cpu_tile(cache_bytes: int) -> tuple[int, int]:
+    """Tokens and vocabulary columns of a logits tile that is worked on while it is in the cache.
+
+    Its fp32 logits take a quarter, the rest is for the rows of hidden and weight behind it and the
+    panels that a GEMM packs. Twice as many tokens as columns, as every tile of tokens reads and
+    writes a chunk of dweight. Powers of two. A 32 MiB cache gives 2048 x 1024.
+    """
+    columns = 2 ** int(math.log2(math.sqrt(max(cache_bytes, MIB) / 4 / FP32_BYTES / 2)))
+    columns = min(max(columns, 256), 2048)
+    return 2 * columns, columns
+
+
+MIN_FUSED_ROWS = 16
+
+CPU_TILE = cpu_tile(last_level_cache())
+# Tokens and vocabulary columns of a logits tile; on a GPU the GEMM has to fill the device.
+TOKEN_CHUNK = {"cpu": CPU_TILE[0], "cuda": 4096}
+VOCAB_CHUNK = {"cpu": CPU_TILE[1], "cuda": 8192}
 # Default scratch of the fused loss: fp32 logits of the tokens that are worked on at once.
 FUSED_BYTES = {"cpu": 256 * MIB, "cuda": 1024 * MIB}
-FP32_BYTES = 4
-MIN_FUSED_ROWS = 16
+# ... but at least of so many tokens, as every block reads and writes all of dweight.
+FUSED_ROWS = {"cpu": 1024, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -43,17 +78,21 @@ def cut(length: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
 
 
+def even_chunk(length: int, widest: int, multiple: int = 1) -> int:
+    """Size of the fewest pieces of at most `widest`, as even as `multiple` lets them be."""
+    pieces = max(-(-length // widest), 1)
+    return round_up(max(-(-length // pieces), 1), multiple)
+
+
 def vocab_chunk(V: int, device_type: str) -> int:
     """Columns of a logits tile.
 
-    A function of V alone, never of N, mode or budget: a token's log-prob is folded tile by tile,
-    and its bits must not depend on what else is in the batch. Even but for rounding to 64.
+    A function of V alone on one machine, never of N, mode or budget: a token's log-prob is folded
+    tile by tile, and its bits must not depend on what else is in the batch. Even but for rounding
+    to 64.
     """
     widest = VOCAB_CHUNK.get(device_type, VOCAB_CHUNK["cuda"])
-    if V <= widest:
-        return max(V, 1)
-    chunks = -(-V // widest)
-    return round_up(-(-V // chunks), 64)
+    return max(V, 1) if V <= widest else even_chunk(V, widest, multiple=64)
 
 
 def token_chunk(device_type: str) -> int:
@@ -105,6 +144,8 @@ def plan_head(
 
 def fused_rows(V: int, memory_budget: int | None, device_type: str) -> int:
     """Tokens whose fp32 logits the fused loss holds at once."""
-    default = FUSED_BYTES.get(device_type, FUSED_BYTES["cuda"])
-    budget = default if memory_budget is None else memory_budget
-    return max(budget // (max(V, 1) * FP32_BYTES), MIN_FUSED_ROWS)
+    row_bytes = max(V, 1) * FP32_BYTES
+    if memory_budget is None:
+        known = device_type if device_type in FUSED_BYTES else "cuda"
+        memory_budget = max(FUSED_BYTES[known], FUSED_ROWS[known] * row_bytes)
+    return max(memory_budget // row_bytes, MIN_FUSED_ROWS)

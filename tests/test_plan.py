@@ -9,7 +9,18 @@ from itertools import product
 import pytest
 
 from stepkto_kernels import plan
-from stepkto_kernels.plan import HeadPlan, cached_rows, cut, fused_rows, plan_head, vocab_chunk
+from stepkto_kernels.plan import (
+    MIB,
+    HeadPlan,
+    cached_rows,
+    cpu_tile,
+    cut,
+    even_chunk,
+    fused_rows,
+    last_level_cache,
+    plan_head,
+    vocab_chunk,
+)
 
 DEVICES = ("cpu", "cuda")
 VOCABULARIES = (
@@ -26,6 +37,39 @@ def test_cut_covers_exactly(length, chunk):
     assert [i for s in slices for i in range(length)[s]] == list(range(length))
     assert all(0 < s.stop - s.start <= chunk for s in slices)
     assert len(slices) == -(-length // chunk)
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 2048, 2049, 5000])
+@pytest.mark.parametrize("widest", [1, 64, 2048])
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_even_chunks(length, widest, multiple):
+    """The fewest pieces, none of which is much shorter than the others."""
+    chunk = even_chunk(length, widest, multiple)
+    pieces = cut(length, chunk)
+    assert chunk % multiple == 0 and chunk < max(widest, 1) + multiple
+    assert len(pieces) <= -(-length // widest)
+    assert sum(s.stop - s.start for s in pieces) == length
+
+
+@pytest.mark.parametrize("mib", [0, 1, 2, 4, 8, 16, 32, 64, 105, 384, 10**4])
+def test_a_cpu_tile_fits_a_quarter_of_the_cache(mib):
+    tokens, columns = cpu_tile(mib * MIB)
+    assert tokens == 2 * columns and columns in (256, 512, 1024, 2048)
+    # and one of twice the edge does not, unless it is the widest
+    assert columns == 256 or tokens * columns * 4 <= mib * MIB / 4
+    assert columns == 2048 or 4 * tokens * columns * 4 > mib * MIB / 4
+    assert cpu_tile(32 * MIB) == (2048, 1024)
+
+
+def test_last_level_cache(tmp_path):
+    """The largest that the system names, and a stated default where it names none."""
+    assert last_level_cache(tmp_path) == plan.UNKNOWN_CACHE
+    for i, size in enumerate(["48K", "1024K", "32M"]):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(size + "\n")
+    assert last_level_cache(tmp_path) == 32 * MIB
+    (tmp_path / "index2" / "size").write_text("")
+    assert last_level_cache(tmp_path) == plan.UNKNOWN_CACHE
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -108,4 +152,5 @@ def test_fused_rows_use_the_budget_but_hold_at_least_16(device):
         assert rows >= plan.MIN_FUSED_ROWS == 16
         assert rows == 16 or rows * V * 4 <= budget
         assert (rows + 1) * V * 4 > budget
-        assert fused_rows(V, None, device) == fused_rows(V, plan.FUSED_BYTES[device], device)
+        default = max(plan.FUSED_BYTES[device], plan.FUSED_ROWS[device] * V * 4)
+        assert fused_rows(V, None, device) == fused_rows(V, default, device)
