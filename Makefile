@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test results bench setup clean
+.PHONY: demo test results bench gpu sanitize-gpu setup clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output out/demo $(ARGS)
@@ -26,13 +26,23 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py --suite head loss segments accuracy
 	$(BIN)/python benchmarks/readme.py
 
+# Tests and benchmarks that want a GPU, in under ten minutes; everything lands in STEPKTO_GPU_OUT
+# (default out/gpu). ARGS='--parts tests head' chooses parts. Without a virtual environment:
+# python benchmarks/gpu_visit.py
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu_visit.py $(ARGS)
+
+# The memory checker of the CUDA toolkit over a few of those tests.
+sanitize-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu_visit.py --parts sanitize $(ARGS)
+
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit("want Python >= 3.10, got " + sys.version) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test,triton]'
 	touch $@
 
 clean:

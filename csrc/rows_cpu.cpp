@@ -20,7 +20,7 @@ namespace stepkto {
 namespace {
 
 constexpr int LANES = 32;
-constexpr int STRIP = 1024;  // columns; 4 KiB a strip of fp32
+constexpr int STRIP = 2048;  // columns, 8 KiB of fp32: a row of a tile of plan.py is one strip
 
 // z of `count` columns into buf, padded with -inf up to a multiple of LANES. Returns that multiple.
 inline __attribute__((always_inline)) int load_strip(
@@ -68,8 +68,15 @@ inline void raise_top(const FoldState& s, int64_t i, float top) {
   s.top[i] = top;
 }
 
-KTO_CLONES void fold_row(const Tile& tile, int64_t i, const FoldState& s, LogitOptions o) {
-  const float* x = tile.x + i * tile.stride;
+// Whether fold_row can leave exp(z - top) in the tile: top is final and no slope is asked for.
+inline bool exps_in_fold(const Tile& tile, LogitOptions o) {
+  return tile.v <= STRIP && o.softcap == 0.0f;
+}
+
+// With keep_exps the row becomes exp(z - top); see exps_in_fold.
+KTO_CLONES void fold_row(
+    const Tile& tile, int64_t i, const FoldState& s, LogitOptions o, bool keep_exps) {
+  float* x = tile.x + i * tile.stride;
   alignas(64) float buf[STRIP];
   const int64_t column = tile.target[i] - tile.v0;
   for (int64_t start = 0; start < tile.v; start += STRIP) {
@@ -90,13 +97,17 @@ KTO_CLONES void fold_row(const Tile& tile, int64_t i, const FoldState& s, LogitO
     float sum[LANES] = {0.0f};
     if (s.moment == nullptr && s.square_sum == nullptr) {
       for (int j = 0; j < padded; j += LANES)
-        for (int l = 0; l < LANES; ++l) sum[l] += exp_fp32(buf[j + l] - top);
+        for (int l = 0; l < LANES; ++l) {
+          buf[j + l] = exp_fp32(buf[j + l] - top);
+          sum[l] += buf[j + l];
+        }
     } else {
       float moment[LANES] = {0.0f}, square[LANES] = {0.0f};
       for (int j = 0; j < padded; j += LANES)
         for (int l = 0; l < LANES; ++l) {
           const float d = buf[j + l] - top;
           const float e = exp_fp32(d);
+          buf[j + l] = e;
           sum[l] += e;
           moment[l] += e * (d < -1e4f ? -1e4f : d);  // 0 * -inf would be NaN
           square[l] += e * e;
@@ -105,10 +116,12 @@ KTO_CLONES void fold_row(const Tile& tile, int64_t i, const FoldState& s, LogitO
       if (s.square_sum != nullptr) s.square_sum[i] += sum_lanes(square);
     }
     s.sum[i] += sum_lanes(sum);
+    if (keep_exps)
+      for (int j = 0; j < count; ++j) x[start + j] = buf[j];
   }
 }
 
-// After fold_row: logits -> exp(z - top) * slope, 0 at the target.
+// After fold_row: logits -> exp(z - top) * slope.
 KTO_CLONES void frozen_row(const Tile& tile, int64_t i, float top, LogitOptions o) {
   float* x = tile.x + i * tile.stride;
   alignas(64) float buf[STRIP];
@@ -122,8 +135,6 @@ KTO_CLONES void frozen_row(const Tile& tile, int64_t i, float top, LogitOptions 
     else
       for (int j = 0; j < count; ++j) out[j] = exp_fp32(buf[j] - top) * cap_slope(buf[j], o);
   }
-  const int64_t column = tile.target[i] - tile.v0;
-  if (column >= 0 && column < tile.v) x[column] = 0.0f;
 }
 
 KTO_CLONES void dlogits_row(const Tile& tile, int64_t i, const RowGradient& row, LogitOptions o) {
@@ -167,7 +178,7 @@ KTO_CLONES void dlogits_row(const Tile& tile, int64_t i, const RowGradient& row,
 
 void fold(const Tile& tile, const FoldState& state, LogitOptions options, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < tile.n; ++i) fold_row(tile, i, state, options);
+  for (int64_t i = 0; i < tile.n; ++i) fold_row(tile, i, state, options, false);
 }
 
 void fold_frozen(
@@ -175,9 +186,12 @@ void fold_frozen(
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < tile.n; ++i) {
     const double before = state.top[i];
-    fold_row(tile, i, state, options);
+    const bool keep_exps = exps_in_fold(tile, options);
+    fold_row(tile, i, state, options, keep_exps);
     rescale[i] = static_cast<float>(std::exp(before - static_cast<double>(state.top[i])));
-    frozen_row(tile, i, state.top[i], options);
+    if (!keep_exps) frozen_row(tile, i, state.top[i], options);
+    const int64_t column = tile.target[i] - tile.v0;
+    if (column >= 0 && column < tile.v) tile.x[i * tile.stride + column] = 0.0f;
   }
 }
 

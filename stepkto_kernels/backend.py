@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 
 from stepkto_kernels import checks, native
 
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on the CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton() -> str | None:
+    """Why the Triton kernels cannot run here, None if they can. Does not import Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() and not interpreted():
+        return "there is no CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    return None
 
 
 def available_backends() -> dict[str, str]:
@@ -15,12 +32,14 @@ def available_backends() -> dict[str, str]:
         "reference": "ok",
         "torch": "ok",
         "native": native.WHY_NOT or "ok",
-        "triton": "not in this version: the Triton kernels are not written yet",
+        "triton": _triton() or "ok",
     }
 
 
 def resolve(
-    backend: str, device: torch.device, serving: tuple[str, ...] = ("reference", "torch", "native")
+    backend: str,
+    device: torch.device,
+    serving: tuple[str, ...] = ("reference", "torch", "native", "triton"),
 ) -> str:
     """The backend that serves a call on `device`, for an op that the backends `serving` have.
 
@@ -30,12 +49,15 @@ def resolve(
     """
     checks.choice("backend", backend, BACKENDS)
     if backend == "auto":
-        fast = "native" in serving and device.type == "cpu" and native.WHY_NOT is None
-        backend = "native" if fast else "torch"
+        fastest = {"cpu": "native", "cuda": "triton"}.get(device.type, "torch")
+        usable = fastest in serving and available_backends()[fastest] == "ok"
+        backend = fastest if usable else "torch"
     state = available_backends()[backend]
     checks.require(state == "ok", "backend", "an available one", f"{backend!r} ({state})")
     checks.require(backend in serving, "backend", " or ".join(serving), repr(backend))
-    devices = {"native": ("cpu",), "torch": ("cpu", "cuda")}.get(backend, (device.type,))
+    triton = ("cpu",) if interpreted() else ("cuda",)
+    kinds = {"native": ("cpu",), "torch": ("cpu", "cuda"), "triton": triton}
+    devices = kinds.get(backend, (device.type,))
     want = "'reference' or another device"
     checks.require(device.type in devices, "backend", want, f"{backend!r} on {device.type}")
     return backend

@@ -10,7 +10,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from stepkto_kernels import __version__, available_backends
+from stepkto_kernels import __version__, available_backends, cuda
 from stepkto_kernels.bench import environment, plans, runner
 from stepkto_kernels.bench.problems import DTYPES, Shape
 from stepkto_kernels.plan import MIB
@@ -75,7 +75,8 @@ def doctor(args: argparse.Namespace) -> int:
     else:
         print("cuda: none")
     print()
-    print(markdown_table(["backend", "state"], list(available_backends().items())), end="")
+    states = [*available_backends().items(), ("CUDA segment kernels", cuda.WHY_NOT or "built")]
+    print(markdown_table(["backend", "state"], states), end="")
     return 0
 
 

@@ -32,7 +32,7 @@ from stepkto_kernels.linear_logprobs import (
 )
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.ops import custom_op
-from stepkto_kernels.plan import fused_rows
+from stepkto_kernels.plan import fused_pack, fused_rows
 from stepkto_kernels.rows import RowGradient
 from stepkto_kernels.segment_loss import SegmentIndex
 from stepkto_kernels.segments import StepSegments
@@ -75,6 +75,22 @@ def token_blocks(sequence_index: Tensor, capacity: int) -> list[Tensor]:
     return blocks
 
 
+def gradient_lift(options: SegmentOptions, n_o: Tensor, n_s: Tensor) -> Tensor:
+    """Power of two, 0-dim fp64, that brings the largest possible d loss / d logp to about 1.
+
+    For dlogits in fp16: with many labels to divide by, all of them would be below its smallest
+    number, and the loss scale of the caller comes only in the backward pass. lam * beta / 4 is the
+    steepest slope of a term.
+    """
+    o = options
+    outcome = o.beta * max(o.desirable_weight, o.undesirable_weight)
+    step = o.step_weight * o.step_beta * max(o.step_desirable_weight, o.step_undesirable_weight)
+    divisor_o, divisor_s = (torch.where(n > 0, n, 1.0) for n in (n_o, n_s))
+    steepest = (outcome / divisor_o + step / divisor_s) / 4
+    steepest = torch.where(steepest > 0, steepest, 1.0).clamp(2.0**-100, 2.0**100)
+    return torch.exp2(-torch.floor(torch.log2(steepest)))
+
+
 @custom_op("stepkto::fused_step_kto")
 def _fused_step_kto(
     hidden: Tensor,
@@ -104,13 +120,14 @@ def _fused_step_kto(
     # Only tokens in a labelled segment can change the loss; the others need no logits.
     kept = idx.scored_tokens().nonzero()[:, 0]
     capacity = fused_rows(V, memory_budget, device.type)
-    blocks = token_blocks(idx.sequence_index[kept], capacity)
+    pack = fused_pack(V, memory_budget, device.type)
+    blocks = token_blocks(idx.sequence_index[kept], pack)
     longest = max((len(b) for b in blocks if len(b) <= capacity), default=0)
     fp32 = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
     scratch = torch.empty(longest * V, dtype=torch.float32, device=device)
 
     options = SegmentOptions.unpack(segment_options)
-    level = kernels(backend)
+    level = kernels(backend, device)
     batch = level.SegmentBatch(idx, options)
     loss = lambda: batch.loss((z_o, z_s), (n_o, n_s))
     kept_dtype = gradient_dtype(hidden.dtype)
@@ -119,6 +136,9 @@ def _fused_step_kto(
         torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None,
         fp32(V) if needs_bias else None,
     )
+    lift = None
+    if head.gemm_dtype == torch.float16:
+        lift = gradient_lift(options, n_o, n_s).to(torch.float32)
     for block in blocks:
         rows = kept[block]
         has_target = target[rows] != head.options.ignore_index
@@ -136,9 +156,10 @@ def _fused_step_kto(
             continue
         slopes = loss()[2:]  # final for the sequences of this block
         g = level.token_slopes(idx, options, block_logp, ref_logps[rows], *slopes, rows=rows)
-        row = RowGradient(lse, logp, g[has_target])
+        g = g[has_target]
         # clipped or saturated tokens have no gradient; "not at most", so that a NaN is not dropped
-        pulled = ~(g[has_target].abs() <= gradient_bound)
+        pulled = ~(g.abs() <= gradient_bound)
+        row = RowGradient(lse, logp, g if lift is None else g * lift)
         if not bool(pulled.all()):
             pulled = pulled.nonzero()[:, 0]
             part, row = part.pick(pulled), row.rows(pulled)
@@ -149,7 +170,9 @@ def _fused_step_kto(
         else:
             full_rows_backward(part, row, tiles, wide, weights)
         if dhidden is not None and wide is not None:
-            dhidden[part.rows] = wide.to(kept_dtype)
+            dhidden[part.rows] = (wide if lift is None else wide / lift).to(kept_dtype)
+    if lift is not None:
+        weights.divide_(lift)
     out = loss()
     empty = lambda: hidden.new_empty(0, dtype=kept_dtype)
     return (

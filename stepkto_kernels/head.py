@@ -8,13 +8,15 @@ V vocabulary, v columns of a vocabulary chunk, R cached rows.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from stepkto_kernels import native
+from stepkto_kernels import native, plan
 from stepkto_kernels import rows as torch_rows
 from stepkto_kernels.config import LogitOptions
 from stepkto_kernels.plan import cut, even_chunk
@@ -36,7 +38,7 @@ class Head:
     target: Tensor  # (n,) int64
     bias: Tensor | None  # (V,)
     options: LogitOptions
-    backend: str  # "torch" or "native": whose row kernels work on the tiles
+    backend: str  # "torch", "native" or "triton": whose kernels do the row work
     token_chunk: int
     vocab_chunk: int
     num_tokens: int  # N
@@ -63,15 +65,37 @@ class Head:
     @property
     def gemm_dtype(self) -> torch.dtype:
         """CPU GEMMs would round narrow results, so there everything is widened first."""
-        return torch.float32 if self.hidden.device.type == "cpu" else self.weight.dtype
+        on_cpu = self.hidden.device.type == "cpu" and self.backend != "triton"
+        return torch.float32 if on_cpu else self.weight.dtype
+
+    @property
+    def epilogue(self) -> bool:
+        """Whether our own GEMM does the row work in its epilogue, or row kernels after torch's."""
+        unit_strides = self.hidden.stride(1) == 1 and self.weight.stride(1) == 1
+        pays = plan.epilogue_pays(self.weight.shape[1], self.weight.element_size())
+        return self.backend == "triton" and unit_strides and pays
 
     @property
     def n(self) -> int:
         return self.hidden.shape[0]
 
+    def scored(self, tokens: slice) -> Tensor | None:
+        """1 for tokens with a target, 0 for ignored ones, (n,) fp32; None where those are gone."""
+        if self.hidden.device.type == "cpu":
+            return None
+        return (self.target[tokens] != self.options.ignore_index).float()
+
     @property
     def token_slices(self) -> list[slice]:
         return cut(self.n, even_chunk(self.n, self.token_chunk))
+
+    def recompute_tiles(self) -> Head:
+        """The head cut as it is best for recomputing dlogits: in an epilogue they are half as wide
+        and nothing else is held, so tiles are larger and sums over them are visited less often."""
+        if not self.epilogue:
+            return self
+        tokens, columns = plan.EPILOGUE_TILE
+        return replace(self, token_chunk=tokens, vocab_chunk=columns)
 
     @property
     def vocab_slices(self) -> list[slice]:
@@ -89,14 +113,16 @@ class Head:
         return self.weight[vocab].to(self.gemm_dtype)
 
     def scratch(self) -> Tensor | None:
-        """Memory for one tile after the other; None on a GPU, whose allocator keeps its blocks."""
-        if self.hidden.device.type != "cpu":
+        """Memory for one tile after the other; None where torch's allocator is as good."""
+        if self.hidden.device.type != "cpu" or self.epilogue:
             return None
         size = min(self.n, self.token_chunk) * self.vocab_chunk
         return torch.empty(size, dtype=torch.float32)
 
     @property
     def kernels(self) -> ModuleType:
+        if self.backend == "triton":
+            return importlib.import_module("stepkto_kernels.kernels.rows")
         return native if self.backend == "native" else torch_rows
 
     def tile(self, tokens: slice, w: Tensor, vocab: slice, out: Tensor | None) -> Tile:
@@ -111,14 +137,45 @@ class Head:
         tile = Tile(mm(h, w.T, out), self.target[tokens], vocab.start, bias)
         return self.kernels.prepare(tile, self.options)
 
+    def dlogits(
+        self, tokens: slice, w: Tensor, vocab: slice, row: RowGradient, out: Tensor | None
+    ) -> Tensor:
+        """dlogits (n, v) of some tokens, rebuilt from the hidden states. 1 GEMM.
+
+        Arguments as for `tile`; row: of those tokens.
+        """
+        if not self.epilogue:
+            return self.dlogits_of(self.tile(tokens, w, vocab, out), row)
+        h = self.hidden[tokens]
+        return gemm_epilogue().dlogits(
+            h,
+            w,
+            self.target[tokens],
+            None if self.bias is None else self.bias[vocab],
+            vocab.start,
+            row,
+            self.options,
+            h.new_empty(len(h), len(w)),
+        )
+
+    def dlogits_of(self, tile: Tile, row: RowGradient) -> Tensor:
+        """dlogits (n, v) from logits, in the same memory where the dtype allows it."""
+        return self.kernels.dlogits_(tile, row, self.options, self.gemm_dtype)
+
     def new_fold(self, stats: tuple[str, ...] = ()) -> torch_rows.Fold:
         V, chunks = self.weight.shape[0], len(self.vocab_slices)
         return self.kernels.Fold(self.n, chunks, V, stats, self.options, self.hidden.device)
 
 
+def gemm_epilogue() -> ModuleType:
+    """The module, which needs Triton."""
+    return importlib.import_module("stepkto_kernels.kernels.gemm_epilogue")
+
+
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b in fp32, into `out` where given. A row's bits do not depend on the number of rows."""
     if a.device.type == "cpu":
+        a, b = a.float(), b.float()
         n, v = a.shape[0], b.shape[1]
         if n < MIN_GEMM or v < MIN_GEMM:
             a = torch.nn.functional.pad(a, (0, 0, 0, max(MIN_GEMM - n, 0)))
@@ -127,25 +184,44 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
             return product.contiguous() if out is None else out.copy_(product)
         return torch.mm(a, b, out=out) if out is not None else torch.mm(a, b)
     if a.dtype == torch.float32:
-        product = torch.mm(a, b)
-    else:
-        product = torch.mm(a, b, out_dtype=torch.float32)
-    return product if out is None else out.copy_(product)
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if out is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b. total and a are fp32; a is rounded to b's dtype where that is narrower."""
-    if b.dtype == torch.float32:
-        if total.device.type == "cpu" and total.shape[0] < MIN_GEMM:
+    """total += a @ b. total is fp32; a is rounded to b's dtype where that is narrower."""
+    a = a.to(b.dtype)
+    if total.device.type == "cpu":
+        if total.shape[0] < MIN_GEMM:
             total.add_(mm(a, b))
         else:
-            total.addmm_(a.float(), b)
+            total.addmm_(a.float(), b.float())
+    elif b.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif _addmm_accumulates(total.device, b.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total.add_(torch.mm(a.to(b.dtype), b, out_dtype=torch.float32))
+        total.add_(torch.mm(a, b, out_dtype=torch.float32))
+
+
+@functools.cache
+def _addmm_accumulates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a narrow product to a fp32 tensor; the first with out_dtype did not."""
+    narrow = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, narrow, narrow, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def forward(head: Head, stats: tuple[str, ...] = ()) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
     """1 unit. Log-probs of the kept tokens (n,), their log-sum-exp, statistics by name (n,)."""
+    if head.epilogue:
+        return forward_epilogue(head, stats)
     fold = head.new_fold(stats)
     scratch = head.scratch()
     for chunk, vocab in enumerate(head.vocab_slices):
@@ -153,6 +229,39 @@ def forward(head: Head, stats: tuple[str, ...] = ()) -> tuple[Tensor, LogSumExp,
         for tokens in head.token_slices:
             fold.add(head.tile(tokens, w, vocab, scratch), tokens, chunk)
     return fold.finish()
+
+
+def forward_epilogue(
+    head: Head, stats: tuple[str, ...]
+) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
+    """`forward` by our own GEMM, a few thousand tokens at a time to bound its partial results."""
+    parts = []
+    for tokens in cut(head.n, plan.EPILOGUE_TILE[0]) or [slice(0, 0)]:
+        h, target = head.hidden[tokens], head.target[tokens]
+        fold = gemm_epilogue().forward(h, head.weight, target, head.bias, head.options, stats)
+        parts.append(fold.finish())
+    return join(parts, stats)
+
+
+def rescale_(total: Tensor, factor: Tensor) -> None:
+    """total (n, H) *= factor (n,). Nearly all factors are 1, which the CPU need not multiply by."""
+    if total.device.type == "cpu":
+        raised = (factor != 1).nonzero()[:, 0]
+        if len(raised) < len(factor):
+            total[raised] *= factor[raised, None]
+            return
+    total *= factor[:, None]
+
+
+def join(
+    parts: list[tuple[Tensor, LogSumExp, dict[str, Tensor]]], stats: tuple[str, ...]
+) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
+    """What `forward` gives for groups of tokens, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    logps, lses, values = zip(*parts, strict=True)
+    lse = LogSumExp(torch.cat([p.top for p in lses]), torch.cat([p.logsum for p in lses]))
+    return torch.cat(logps), lse, {name: torch.cat([p[name] for p in values]) for name in stats}
 
 
 def forward_frozen(
@@ -172,8 +281,9 @@ def forward_frozen(
         for tokens in head.token_slices:
             tile = head.tile(tokens, w, vocab, scratch)
             # without the target: its share is added in the end as 1 - p, not from a rounded p
-            expected[tokens] *= fold.add_frozen(tile, tokens, chunk)[:, None]
-            add_mm_(expected[tokens], tile.x, w)
+            rescale, d = fold.add_frozen(tile, tokens, chunk, head.gemm_dtype)
+            rescale_(expected[tokens], rescale)
+            add_mm_(expected[tokens], d, w)
     logp, lse, values = fold.finish()
     chain = options.logit_scale / options.temperature
     for tokens in head.token_slices:
@@ -241,16 +351,13 @@ def forward_cached(
         scratch = [tile[tokens] for tile in tiles] if in_place else None
         logits, logp, lse, values = full_rows(head.pick(tokens), scratch, stats)
         parts.append((logp, lse, values))
-        row = RowGradient(lse, logp, dlogp=None)
+        row = RowGradient(lse, logp, dlogp=head.scored(tokens))
         for source, tile in zip(logits, tiles, strict=True):
-            d = head.kernels.dlogits_(source, row, head.options)
+            d = head.dlogits_of(source, row)
             if not in_place:
                 tile[tokens] = d
     parts.append(forward(head.pick(slice(used, head.n)), stats))
-    logps, lses, all_values = zip(*parts, strict=True)
-    lse = LogSumExp(torch.cat([p.top for p in lses]), torch.cat([p.logsum for p in lses]))
-    values = {name: torch.cat([p[name] for p in all_values]) for name in stats}
-    return torch.cat(logps), lse, values, cache
+    return *join(parts, stats), cache
 
 
 class WeightGradients:
@@ -267,6 +374,11 @@ class WeightGradients:
     def begin(self, vocab: slice) -> tuple[Tensor | None, Tensor | None]:
         """fp32 tensors (v, H) and (v,) to add the chunk's gradients to."""
         return _wide_chunk(self.dweight, vocab), _wide_chunk(self.dbias, vocab)
+
+    def divide_(self, by: Tensor) -> None:
+        for full in (self.dweight, self.dbias):
+            if full is not None:
+                full /= by
 
     def end(self, vocab: slice, chunk: tuple[Tensor | None, Tensor | None]) -> None:
         for full, part in zip((self.dweight, self.dbias), chunk, strict=True):
@@ -294,7 +406,7 @@ def _accumulate(
     if dweight is not None:
         add_mm_(dweight, d.T, h)
     if dbias is not None:
-        dbias += d.sum(0)
+        dbias += d.sum(0, dtype=torch.float32)
 
 
 def _recompute_chunk(
@@ -307,8 +419,7 @@ def _recompute_chunk(
     scratch: Tensor | None,
 ) -> None:
     for tokens in head.token_slices:
-        tile = head.tile(tokens, w, vocab, scratch)
-        d = head.kernels.dlogits_(tile, row.rows(tokens), head.options)
+        d = head.dlogits(tokens, w, vocab, row.rows(tokens), scratch)
         _accumulate(d, head.hidden[tokens], w, None if dhidden is None else dhidden[tokens], chunk)
 
 
@@ -319,6 +430,7 @@ def recompute_backward(
 
     row: of the kept tokens. dhidden: (n, H) fp32 that is added to, None if not wanted.
     """
+    head = head.recompute_tiles()
     scratch = head.scratch()
     for vocab in head.vocab_slices:
         chunk = weights.begin(vocab)
@@ -336,7 +448,7 @@ def full_rows_backward(
     """1 unit for each gradient, from the logits that `full_rows` left of all kept tokens."""
     for vocab, tile in zip(head.vocab_slices, tiles, strict=True):
         chunk = weights.begin(vocab)
-        d = head.kernels.dlogits_(tile, row, head.options)
+        d = head.dlogits_of(tile, row)
         _accumulate(d, head.hidden, head.weight_tile(vocab), dhidden, chunk)
         weights.end(vocab, chunk)
 

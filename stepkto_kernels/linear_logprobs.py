@@ -127,6 +127,8 @@ def _linear_logprobs(
     dlogp_dhidden, cache = hidden.new_empty(0, dtype=kept_dtype), hidden.new_empty(0)
     if plan.mode == "frozen":
         logp, lse, values, row = forward_frozen(head, names)
+        if head.rows is None:
+            row.masked_fill_(~scored[:, None], 0.0)
         dlogp_dhidden = head.spread(row.to(kept_dtype))
     elif plan.mode == "cached":
         logp, lse, values, cache = forward_cached(head, plan.cached_rows, hidden.dtype, names)

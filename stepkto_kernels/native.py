@@ -99,11 +99,14 @@ class Fold:
         threads = torch.get_num_threads()
         _native.fold(_tile(tile), self._state(rows), _options(self.options), threads)
 
-    def add_frozen(self, tile: Tile, rows: slice, chunk: int) -> Tensor:
+    def add_frozen(
+        self, tile: Tile, rows: slice, chunk: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """`add`, and turn the tile into exp(z - top) * slope with 0 at the target, in place.
 
         top is the largest logit so far. Returns what sums over earlier tiles are to be multiplied
-        by, (n,), as that may have risen.
+        by, (n,), as that may have risen, and the tile: fp32, whatever `dtype` the caller would
+        like.
         """
         rescale = torch.empty(tile.x.shape[0], dtype=torch.float32)
         _native.fold_frozen(
@@ -113,7 +116,7 @@ class Fold:
             rescale.data_ptr(),
             torch.get_num_threads(),
         )
-        return rescale
+        return rescale, tile.x
 
     def finish(self) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
         """Log-prob of the target (n,), its log-sum-exp, and the statistics by name (n,)."""
@@ -137,8 +140,13 @@ class Fold:
         return logp, LogSumExp(self.top, logsum), values
 
 
-def dlogits_(tile: Tile, row: RowGradient, options: LogitOptions) -> Tensor:
-    """Logits -> gradient of the loss in hidden @ weight.T + bias, in place. (n, v) fp32."""
+def dlogits_(
+    tile: Tile, row: RowGradient, options: LogitOptions, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Logits -> gradient of the loss in hidden @ weight.T + bias, in place. (n, v) fp32.
+
+    fp32, whatever `dtype` the caller would like.
+    """
     n = tile.x.shape[0]
     parts = (row.lse.top, row.lse.logsum, row.logp, row.dlogp, row.dentropy, row.entropy)
     held = [None if part is None else part.contiguous() for part in parts]

@@ -117,11 +117,14 @@ class Fold:
             if "log_sum_sq_prob" in self.partial:
                 self.partial["log_sum_sq_prob"][rows, chunk] = log_p.mul_(2).logsumexp(1)
 
-    def add_frozen(self, tile: Tile, rows: slice, chunk: int) -> Tensor:
+    def add_frozen(
+        self, tile: Tile, rows: slice, chunk: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """`add`, and turn the tile into exp(z - top) * slope with 0 at the target, in place.
 
         top is the largest logit so far. Returns what sums over earlier tiles are to be multiplied
-        by, (n,), as that may have risen.
+        by, (n,), as that may have risen, and the tile: fp32, whatever `dtype` the caller would
+        like.
         """
         self.add(tile, rows, chunk)
         top = torch.maximum(self.running_top[rows], self.top[rows, chunk])
@@ -132,7 +135,7 @@ class Fold:
         if slope is not None:
             tile.x.mul_(slope)
         put_(tile, torch.zeros_like(top))
-        return rescale
+        return rescale, tile.x
 
     def finish(self) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
         """Log-prob of the target (n,), its log-sum-exp, and the statistics by name (n,)."""
@@ -190,8 +193,13 @@ class RowGradient(NamedTuple):
         )
 
 
-def dlogits_(tile: Tile, row: RowGradient, options: LogitOptions) -> Tensor:
-    """Logits -> gradient of the loss in hidden @ weight.T + bias, in place. (n, v) fp32."""
+def dlogits_(
+    tile: Tile, row: RowGradient, options: LogitOptions, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Logits -> gradient of the loss in hidden @ weight.T + bias, in place. (n, v) fp32.
+
+    fp32, whatever `dtype` the caller would like.
+    """
     z = tile.x
     slope = None if options.softcap is None else cap_slope(z, options)
     z.sub_(row.lse.top[:, None]).sub_(row.lse.logsum[:, None])  # log p

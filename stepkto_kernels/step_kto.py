@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stepkto_kernels import backend as backends
-from stepkto_kernels import checks, native, segment_loss
+from stepkto_kernels import checks, cuda, native, segment_loss
 from stepkto_kernels.config import SegmentOptions, StepKTOConfig
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.ops import custom_op
@@ -36,9 +36,14 @@ class LossNormalizer(NamedTuple):
     step: Tensor | float
 
 
-def kernels(backend: str) -> ModuleType:
-    """The module whose SegmentBatch and token_slopes serve a backend."""
-    return native if backend == "native" else segment_loss
+def kernels(backend: str, device: torch.device) -> ModuleType:
+    """The module whose SegmentBatch and token_slopes serve a backend on a device.
+
+    "triton" is the GPU's own kernels, which at this level are CUDA C++ where that was built.
+    """
+    if backend == "native":
+        return native
+    return cuda if backend == "triton" and cuda.serves(device) else segment_loss
 
 
 @custom_op("stepkto::step_kto")
@@ -54,10 +59,15 @@ def _step_kto(
     options: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch = kernels(backend).SegmentBatch(SegmentIndex(*index), SegmentOptions.unpack(options))
-    batch.add(logps, ref_logps)
-    baseline = batch.matched_baseline() if matched else (z_o, z_s)
-    out = batch.loss(baseline, (n_o, n_s))
+    level = kernels(backend, logps.device)
+    batch_of = SegmentIndex(*index), SegmentOptions.unpack(options)
+    if level is cuda:
+        out = cuda.batch_loss(*batch_of, logps, ref_logps, (z_o, z_s), (n_o, n_s), matched)
+    else:
+        batch = level.SegmentBatch(*batch_of)
+        batch.add(logps, ref_logps)
+        baseline = batch.matched_baseline() if matched else (z_o, z_s)
+        out = batch.loss(baseline, (n_o, n_s))
     return out.loss.to(logps.dtype), out.totals, out.outcome_slope, out.step_slope
 
 
@@ -80,7 +90,7 @@ def _step_kto_bwd(
     options: list[float],
     backend: str,
 ) -> Tensor:
-    return kernels(backend).token_slopes(
+    return kernels(backend, logps.device).token_slopes(
         SegmentIndex(*index),
         SegmentOptions.unpack(options),
         logps,

@@ -1,9 +1,12 @@
 """Log-probability of each target under logits that the caller already holds.
 
-A few rows at a time are widened to fp32, so that narrow logits are never copied whole; the gradient
-is the one (N, V) tensor that is made.
+The gradient is the one (N, V) tensor that is made: Triton kernels read the logits in their own
+dtype, and the torch backend widens a few rows at a time to fp32.
 Letters: N tokens (leading dimensions flattened), V vocabulary.
 """
+
+import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -34,14 +37,28 @@ def _transformed(logits: Tensor, rows: slice, options: LogitOptions) -> Tensor:
     return transform_(logits[rows].to(torch.float32, copy=True), None, options)
 
 
+def _triton_rows() -> ModuleType:
+    return importlib.import_module("stepkto_kernels.kernels.rows")
+
+
+def _unit_stride(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
 @custom_op("stepkto::token_logprobs")
 def _token_logprobs(
-    logits: Tensor, target: Tensor, options: list[float]
+    logits: Tensor, target: Tensor, options: list[float], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp, top, logsum, (N,) each."""
     opts = LogitOptions.unpack(options)
+    N, V = logits.shape
     scored = target != opts.ignore_index
-    checks.targets(target, scored, logits.shape[1], opts.ignore_index)
+    checks.targets(target, scored, V, opts.ignore_index)
+    if backend == "triton":
+        fold = _triton_rows().Fold(N, 1, V, (), opts, logits.device)
+        fold.add(Tile(_unit_stride(logits), target.contiguous(), 0), slice(0, N), 0)
+        logp, lse, _ = fold.finish()
+        return torch.where(scored, logp, 0.0), lse.top, lse.logsum
     column = torch.where(scored, target, 0)[:, None]
     logp, top, logsum = (target.new_empty(len(target), dtype=torch.float32) for _ in range(3))
     for rows in _row_slices(logits):
@@ -52,7 +69,7 @@ def _token_logprobs(
 
 
 @_token_logprobs.register_fake
-def _(logits, target, options):  # type: ignore[no-untyped-def]
+def _(logits, target, options, backend):  # type: ignore[no-untyped-def]
     return tuple(logits.new_empty(len(target), dtype=torch.float32) for _ in range(3))
 
 
@@ -65,11 +82,15 @@ def _token_logprobs_bwd(
     top: Tensor,
     logsum: Tensor,
     options: list[float],
+    backend: str,
 ) -> Tensor:
     opts = LogitOptions.unpack(options)
     dlogp = torch.where(target != opts.ignore_index, dlogp, 0.0)
     row = RowGradient(LogSumExp(top, logsum), logp, dlogp)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if backend == "triton":
+        tile = Tile(_unit_stride(logits), target.contiguous(), 0)
+        return _triton_rows().dlogits(tile, row, opts, dlogits)
     for rows in _row_slices(logits):
         z = _transformed(logits, rows, opts)
         dlogits[rows] = dlogits_(Tile(z, target[rows], 0), row.rows(rows), opts)
@@ -77,20 +98,20 @@ def _token_logprobs_bwd(
 
 
 @_token_logprobs_bwd.register_fake
-def _(dlogp, logits, target, logp, top, logsum, options):  # type: ignore[no-untyped-def]
+def _(dlogp, logits, target, logp, top, logsum, options, backend):  # type: ignore[no-untyped-def]
     return logits.new_empty(logits.shape)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    logits, target, ctx.options = inputs
+    logits, target, *ctx.call = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, *output)
 
 
 def _backward(ctx, dlogp, *unused):  # type: ignore[no-untyped-def]
     if dlogp is None:
-        return None, None, None
-    return _token_logprobs_bwd(dlogp, *ctx.saved_tensors, ctx.options), None, None
+        return None, None, None, None
+    return _token_logprobs_bwd(dlogp, *ctx.saved_tensors, *ctx.call), None, None, None
 
 
 _token_logprobs.register_autograd(_backward, setup_context=_setup_context)
@@ -132,7 +153,8 @@ def token_logprobs(
     checks.shape("target", target, tuple(logits.shape[:-1]), "logits.shape[:-1]")
     checks.same_device("target", target, "logits", logits)
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
-    if backends.resolve(backend, logits.device, ("reference", "torch")) == "reference":
+    backend = backends.resolve(backend, logits.device, ("reference", "torch", "triton"))
+    if backend == "reference":
         return reference.token_logprobs(
             logits,
             target,
@@ -141,5 +163,5 @@ def token_logprobs(
             softcap=softcap,
             ignore_index=ignore_index,
         )
-    logps = _token_logprobs(logits.reshape(-1, V), target.reshape(-1), options.pack())[0]
+    logps = _token_logprobs(logits.reshape(-1, V), target.reshape(-1), options.pack(), backend)[0]
     return logps.view(target.shape)

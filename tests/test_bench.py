@@ -2,17 +2,25 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from stepkto_kernels import available_backends, reference
-from stepkto_kernels.bench import memory, peers, runner, suites
+from stepkto_kernels.bench import exact as exact_module
+from stepkto_kernels.bench import memory, peers, plans, runner, suites, timing
 from stepkto_kernels.bench.contenders import Contender, Skip, execute
 from stepkto_kernels.bench.exact import Check, exact_logps
-from stepkto_kernels.bench.memory_suite import SLACK, verdict
-from stepkto_kernels.bench.options import Options
-from stepkto_kernels.bench.problems import Shape, head_problem, loss_problem, sequence_length
+from stepkto_kernels.bench.memory_suite import SLACK, cuda_slack, verdict
+from stepkto_kernels.bench.options import Options, failure
+from stepkto_kernels.bench.problems import (
+    Shape,
+    head_problem,
+    loss_problem,
+    on_path,
+    sequence_length,
+)
 from stepkto_kernels.bench.timing import BareGemm, Times, interleaved, ratios
 from stepkto_kernels.cli import main
 
@@ -47,6 +55,7 @@ def check_environment(result):
     suite = result["benchmark"]
     assert result["command"].startswith(f"stepkto bench --suite {suite} --device cpu")
     assert result["complete"] and all(row["status"] == "ok" for row in result["rows"])
+    assert result["roofline"]["copy_gb_s"] > 0
 
 
 @pytest.mark.parametrize("suite", ["head", "loss"])
@@ -61,6 +70,12 @@ def test_timed_suites(suite, tmp_path, capsys):
         assert bare["ratio"] == 1 and bare["units"] == 3
         assert {"ours", "naive" if path != "recompute" else "torch"} <= {r["name"] for r in here}
         for row in here:
+            work = (
+                row["units"] * 2e-9 * math.prod(TINY) / result["roofline"]["gemm_tflops"]["float32"]
+            )
+            moved = row["bytes"] / result["roofline"]["copy_gb_s"] * 1e-6
+            assert row["floor_ms"] == pytest.approx(max(work, moved), rel=1e-2)
+            assert row["of_floor"] == pytest.approx(row["ms_best"] / row["floor_ms"], rel=1e-3)
             assert row["ms_best"] <= row["ms_median"]
             assert row["ratio"] == pytest.approx(row["ms_best"] / bare["ms_best"], rel=1e-3)
             assert row["ratio_own"] == pytest.approx(row["ratio"] * 3 / row["units"], rel=1e-3)
@@ -83,6 +98,10 @@ def test_segments(tmp_path):
         assert plain["ratio_to_plain"] == 1
         expected = ours["ms_best"] / plain["ms_best"]
         assert ours["ratio_to_plain"] == pytest.approx(expected, rel=1e-3)
+        for row in (ours, plain):
+            assert row["gb_s"] == pytest.approx(row["bytes"] / row["ms_best"] / 1e6, rel=1e-3)
+            floor = row["bytes"] / result["roofline"]["copy_gb_s"] / 1e6
+            assert row["floor_ms"] == pytest.approx(floor, rel=1e-2)
 
 
 def test_accuracy_reports_both_dtypes(tmp_path):
@@ -129,6 +148,25 @@ def test_memory_counts_what_is_made():
     assert 62 < extra < 70
 
 
+def test_one_process_answers_for_several_cases(monkeypatch):
+    """As on CUDA; a case that fails keeps nobody from being measured."""
+    case = memory.Case("head", "forward", "naive/-", (32, 16, 2**17), "float32", "cpu")
+    cases = [case, replace(case, key="nobody/-"), replace(case, path="half_prompt")]
+    first, nobody, half = memory._peaks(cases)
+    assert first > 10 and half > 10  # 16 MiB of logits
+    assert nobody.startswith("failed: StopIteration")
+    assert list(memory.in_fresh_process([])) == []
+    monkeypatch.setattr(memory.sys, "executable", "/bin/false")
+    assert list(memory.in_fresh_process(cases[:1])) == ["failed: ended by signal or status 1"]
+
+
+def test_memory_on_cuda_has_room_for_wide_sums():
+    shape = Shape(8192, 4096, 131072)
+    plan = plans.describe("recompute", shape, 2, "cuda", None)
+    sums = 2 * (8192 + plan.vocab_chunk) * 4096 * 4
+    assert cuda_slack(plan, shape, 2) == 2.5 * plan.token_chunk * plan.vocab_chunk * 4 + sums
+
+
 # ---- the gate ---------------------------------------------------------------------------------
 
 
@@ -157,6 +195,10 @@ def raises(problem, hidden, weight, path):
     raise RuntimeError("no kernel\nfor this")
 
 
+def too_large(problem, hidden, weight, path):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 80 GiB")
+
+
 @pytest.mark.parametrize(
     ("run", "status"),
     [
@@ -166,6 +208,7 @@ def raises(problem, hidden, weight, path):
         (not_a_number, "wrong: max_dlogp nan"),
         (too_short, "failed: "),
         (raises, "failed: RuntimeError: no kernel"),
+        (too_large, "out of memory: OutOfMemoryError: CUDA out of memory."),
     ],
 )
 def test_a_wrong_path_is_reported_and_not_timed(run, status):
@@ -175,6 +218,59 @@ def test_a_wrong_path_is_reported_and_not_timed(run, status):
     assert row["status"].startswith(status) and "\n" not in row["status"]
     timed = row["status"] == "ok"
     assert all((row[key] is not None) == timed for key in ("ms_best", "ratio", "ratio_own"))
+
+
+def test_out_of_memory_while_timing_is_a_row():
+    calls = []
+
+    def run(problem, hidden, weight, path):
+        calls.append(problem.shape)
+        # two shapes that warm up, the check, one round
+        return (too_large if len(calls) > 4 else right)(problem, hidden, weight, path)
+
+    contender = Contender("test", "test", "-", {"recompute": 4}, run)
+    other = Contender("other", "other", "-", {"recompute": 4}, right)
+    options = Options(paths=("recompute",), repeats=3, memory=False)
+    rows = list(suites.timed_shape("head", [contender, other], TINY, "float32", options))
+    assert [row["status"].partition(":")[0] for row in rows] == ["ok", "out of memory", "ok"]
+    assert [row["ms_best"] is not None for row in rows] == [True, False, True]
+    assert len(calls) == 5
+
+
+def test_out_of_memory_on_a_cpu_is_told_apart():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50)
+    assert failure(raised.value).startswith("out of memory: RuntimeError")
+
+
+def half_wrong(problem, hidden, weight, path):
+    """The ignored tokens have log-probs."""
+    return reference.linear_logprobs(hidden, weight, problem.target.clamp(min=0))
+
+
+@pytest.mark.parametrize("name", ["naive", "torch"])
+def test_ignored_tokens_are_checked(name):
+    problem = on_path(head_problem(TINY, torch.float32, "cpu"), "half_prompt")
+    ignored = problem.target == -100
+    assert ignored.tolist() == [i % 16 < 8 for i in range(TINY.N)]
+    exact = exact_logps(problem.hidden, problem.weight, problem.target)
+    check = Check(problem, exact)
+    run = peers.PEERS[name].head[1]
+    if peers.PEERS[name].why_not("cpu") is None:
+        outcome = execute(Contender("t", "t", "-", {}, run), problem, "half_prompt")
+        assert check.verdict(check.errors(outcome)) == "ok"
+        assert outcome.value[ignored].abs().max() == 0 == outcome.dhidden[ignored].abs().max()
+    outcome = execute(Contender("t", "t", "-", {}, half_wrong), problem, "half_prompt")
+    assert check.verdict(check.errors(outcome)).startswith("wrong: max_dlogp")
+
+
+def test_only_who_drops_counts_half_of_the_units():
+    found, _ = peers.contenders("head", "cpu")
+    for contender in found:
+        full = contender.units.get("recompute", contender.units.get("cached"))
+        share = 0.5 if contender.name == "ours" else 1
+        assert contender.units["half_prompt"] == share * full
+    assert peers.PEERS["cce"].head[0]["half_prompt"] == 2
 
 
 def test_our_own_wrong_row_is_an_error(tmp_path, monkeypatch):
@@ -202,7 +298,11 @@ def test_a_wrong_loss_fails_its_check():
         assert check.verdict(check.errors(bad)).startswith("wrong")
 
 
-def test_exact_gradients_are_autograds():
+@pytest.mark.parametrize("held", [2**28, 1])
+def test_exact_gradients_are_autograds(held, monkeypatch):
+    """Whatever the slices of the vocabulary."""
+    monkeypatch.setattr(exact_module, "BYTES", held)
+    monkeypatch.setattr(exact_module, "NARROWEST", 32)
     problem = head_problem(TINY, torch.float64, "cpu")
     exact = exact_logps(problem.hidden, problem.weight, problem.target)
     check = Check(problem, exact)
@@ -226,6 +326,40 @@ def test_ratios():
         "ratio_median": 1.25,
         "ratio_own": 1.5,
     }
+
+
+def test_what_fails_is_left_out_and_the_first_round_on_cuda_is_not_timed(monkeypatch):
+    measured = []
+
+    def measure(run, calls):
+        measured.append(run())
+        return 1.0
+
+    monkeypatch.setattr(timing, "_cuda_timer", lambda: measure)
+    errors = {}
+    runs = {"a": lambda: "a", "bad": lambda: 1 / 0, "b": lambda: "b"}
+    times = interleaved(runs, 2, "cuda", failed=lambda name, error: errors.update({name: error}))
+    assert set(times) == {"a", "b"} and measured.count("a") == 3
+    assert list(errors) == ["bad"] and isinstance(errors["bad"], ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        interleaved(runs, 1, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("suite", ["head", "loss", "segments"])
+def test_suites_on_a_gpu(suite, tmp_path):
+    fixed = ["--device", "cuda", "--output", str(tmp_path), "--repeats", "2", "--peers", "naive"]
+    arguments = ["--shapes", "256x128x1000", "--no-memory"]
+    assert main(["bench", "--suite", suite, *fixed, *arguments]) == 0
+    result = json.loads((tmp_path / f"{suite}_cuda.json").read_text())
+    assert result["complete"] and all(row["ms_best"] > 0 for row in result["rows"])
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_is_the_allocators():
+    case = memory.Case("head", "forward", "naive/-", (256, 64, 2**17), "bfloat16", "cuda")
+    first, second = memory.in_fresh_process([case, case])
+    assert first == pytest.approx(second, abs=1) and first > 64  # MiB, bf16 logits
 
 
 def test_runs_take_turns():

@@ -16,6 +16,7 @@ from stepkto_kernels.plan import (
     cpu_tile,
     cut,
     even_chunk,
+    fused_pack,
     fused_rows,
     last_level_cache,
     plan_head,
@@ -82,6 +83,13 @@ def test_vocab_chunk(V, device):
     widths = [s.stop - s.start for s in cut(V, chunk)]
     assert sum(widths) == V and len(widths) == -(-V // plan.VOCAB_CHUNK[device])
     assert chunk - V / len(widths) < 64 or len(widths) == 1
+
+
+def test_epilogue_pays_where_moving_logits_costs_more_than_the_slower_gemm():
+    """Two fp32 transfers of a logit against the GEMM's share; fp32 operands go to the vendor."""
+    assert plan.epilogue_pays(2048, 2) and plan.epilogue_pays(4096, 2)
+    assert not plan.epilogue_pays(10**5, 2)
+    assert not plan.epilogue_pays(2048, 4)
 
 
 def test_vocab_chunk_is_a_function_of_v_alone():
@@ -154,3 +162,11 @@ def test_fused_rows_use_the_budget_but_hold_at_least_16(device):
         assert (rows + 1) * V * 4 > budget
         default = max(plan.FUSED_BYTES[device], plan.FUSED_ROWS[device] * V * 4)
         assert fused_rows(V, None, device) == fused_rows(V, default, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sequences_are_packed_into_what_is_held(device):
+    for V, budget in product(VOCABULARIES, BUDGETS):
+        assert fused_pack(V, budget, device) == fused_rows(V, budget, device)
+        assert fused_pack(V, None, device) <= fused_rows(V, None, device)
+        assert fused_pack(V, None, device) <= plan.FUSED_ROWS[device]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepkto_kernels import available_backends
 from stepkto_kernels.bench.problems import (
+    HALF_PROMPT,
     HeadProblem,
     LossProblem,
     Shape,
@@ -34,6 +35,7 @@ PATHS: dict[str, dict[str, tuple[str, ...]]] = {
         "frozen": ("hidden",),
         "cached": ("hidden", "weight"),  # something of size (N, V) is kept for the backward pass
         "recompute": ("hidden", "weight"),  # nothing of that size is
+        HALF_PROMPT: ("hidden", "weight"),  # like recompute, with half of the tokens ignored
     },
     "loss": {
         "kto": ("hidden", "weight"),  # outcome level only, reference log-probs given
@@ -41,6 +43,8 @@ PATHS: dict[str, dict[str, tuple[str, ...]]] = {
         "step_kto": ("hidden", "weight"),  # both levels, reference log-probs given
     },
 }
+# Paths of suite head on which every token is scored
+MODES = tuple(path for path in PATHS["head"] if path != HALF_PROMPT)
 NEEDS = {path: needs for paths in PATHS.values() for path, needs in paths.items()}
 
 WARM = (Shape(32, 64, 64), Shape(96, 80, 144))
@@ -112,7 +116,8 @@ def our_backends(device: str) -> tuple[list[str], list[Skip]]:
 
 def our_heads(backend: str, budget: int | None = None) -> list[Contender]:
     """budget: bytes for the cached mode; None: every row."""
-    units = {"forward": 1, "frozen": 2, "cached": 3, "recompute": 4}
+    # the ignored half is dropped before any GEMM
+    units = {"forward": 1, "frozen": 2, "cached": 3, "recompute": 4, HALF_PROMPT: 2}
     return [Contender("ours", "stepkto_kernels", backend, units, partial(_head, backend, budget))]
 
 

@@ -18,8 +18,10 @@ PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy", "transformers", "triton"
 
 
 def environment(device: str, command: str = "") -> dict[str, object]:
+    gpu = {"cuda": torch.version.cuda} if device == "cuda" else {}
     return {
         "device": device_name(device),
+        **gpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -57,7 +59,9 @@ def commit() -> str:
     root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():
         return "unknown"
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    except OSError:  # a checkout on a machine without git
+        return "unknown"
     return done.stdout.strip() or "unknown"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepkto_kernels import reference
 from stepkto_kernels.bench.contenders import Outcome
-from stepkto_kernels.bench.problems import HeadProblem, LossProblem
+from stepkto_kernels.bench.problems import IGNORED, HeadProblem, LossProblem
 from stepkto_kernels.plan import MIB, cut
 
 # A path fails beyond this multiple of the eager computation's error in the same dtype. It is to
@@ -24,7 +24,8 @@ from stepkto_kernels.plan import MIB, cut
 GATE = 10
 ULP = torch.finfo(torch.float32).eps
 COMPARED = 64  # tokens, and vocabulary entries
-BYTES = 256 * MIB  # fp64 logits held at once
+BYTES = 256 * MIB  # fp64 logits, or weights, held at once
+NARROWEST = 256  # vocabulary entries, however many rows there are
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,40 @@ class Exact(NamedTuple):
 
 
 def exact_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Exact:
-    w = weight.double()
-    logps, lse = (torch.empty(len(hidden), dtype=w.dtype, device=w.device) for _ in range(2))
-    for rows in cut(len(hidden), max(BYTES // (8 * len(w)), 1)):
-        z = hidden[rows].double() @ w.T
-        lse[rows] = z.logsumexp(1)
-        logps[rows] = z.gather(1, target[rows, None])[:, 0] - lse[rows]
-    return Exact(logps, lse)
+    h = hidden.double()
+    lse = h.new_full((len(h),), -math.inf)
+    at_target = torch.zeros_like(lse)
+    for vocab in _vocab_slices(len(h), weight):
+        z = h @ weight[vocab].double().T
+        lse = torch.logaddexp(lse, z.logsumexp(1))
+        here = (target >= vocab.start) & (target < vocab.stop)
+        own = z.gather(1, torch.where(here, target - vocab.start, 0)[:, None])[:, 0]
+        at_target = torch.where(here, own, at_target)
+    return Exact(torch.where(target == IGNORED, 0.0, at_target - lse), lse)
+
+
+def _vocab_slices(rows: int, weight: Tensor) -> list[slice]:
+    """Slices of the vocabulary of which the weights and the logits of `rows` rows fit BYTES each.
+
+    In fp64, where all of a large model's head would be gigabytes.
+    """
+    V, H = weight.shape
+    return cut(V, max(BYTES // (8 * max(rows, H)), NARROWEST))
 
 
 def exact_gradients(
     problem: HeadProblem, lse: Tensor, g: Tensor, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dhidden[rows] (r, H) and dweight[columns] (c, H) in fp64, for d loss / d logp = g (N,)."""
-    h, w = problem.hidden.double(), problem.weight.double()
-    dhidden = torch.empty(len(rows), h.shape[1], dtype=h.dtype, device=h.device)
-    for part in cut(len(rows), max(BYTES // (8 * len(w)), 1)):
-        t = rows[part]
-        p = (h[t] @ w.T - lse[t, None]).exp_()
-        dhidden[part] = g[t, None] * (w[problem.target[t]] - p @ w)
-    d = (h @ w[columns].T - lse[:, None]).exp_().neg_()  # (N, c), -p
+    h, weight = problem.hidden.double(), problem.weight
+    picked, target = h[rows], problem.target[rows]
+    # an ignored token has g = 0 and any target
+    dhidden = weight[target.clamp(min=0)].double()
+    for vocab in _vocab_slices(len(rows), weight):
+        w = weight[vocab].double()
+        dhidden -= (picked @ w.T - lse[rows, None]).exp_() @ w
+    dhidden *= g[rows, None]
+    d = (h @ weight[columns].double().T - lse[:, None]).exp_().neg_()  # (N, c), -p
     d += problem.target[:, None] == columns
     return dhidden, (d * g[:, None]).T @ h
 
@@ -82,8 +97,10 @@ class Check:
         compared: int = COMPARED,
     ):
         """ref_logps: (N,) fp64, of a LossProblem."""
+        kept = problem.target != IGNORED
+        exact = exact._replace(logps=exact.logps.where(kept, 0.0))
         self.exact, self.loss = exact, None
-        g = problem.upstream.double()
+        g = problem.upstream.double().where(kept, 0.0)
         if isinstance(problem, LossProblem):
             assert ref_logps is not None
             self.loss, g = _exact_loss(problem, exact.logps, ref_logps)
@@ -93,7 +110,9 @@ class Check:
         self.rows = pick(N)
         # half of the entries are targets of the tokens
         half = compared // 2
-        self.columns = torch.cat([problem.target[self.rows[:half]], pick(V)[:half]]).unique()
+        targets = problem.target[self.rows]
+        targets = targets[targets != IGNORED][:half]
+        self.columns = torch.cat([targets, pick(V)[:half]]).unique()
         self.dhidden, self.dweight = exact_gradients(problem, exact.lse, g, self.rows, self.columns)
         self.allowed = self._allowed(problem, g)
 

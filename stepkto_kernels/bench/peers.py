@@ -24,7 +24,7 @@ from stepkto_kernels.bench.contenders import (
     our_heads,
     our_losses,
 )
-from stepkto_kernels.bench.problems import HeadProblem, LossProblem
+from stepkto_kernels.bench.problems import HALF_PROMPT, IGNORED, HeadProblem, LossProblem
 
 # Each peer gets the chunks that serve it best. On a CPU those are not its defaults: torch's few
 # rows and TRL's 32768 columns took 8 and 1.6 times as long (1024 x 512 x 64000, fp32, two cores).
@@ -55,7 +55,12 @@ def trl_head(
 
     chunk = columns.get(hidden.device.type, TRL_DEFAULT_COLUMNS)
     options = (1.0, chunk, None, 1.0, ())  # temperature, columns, softcap, scale, statistics
-    return ChunkedLogProbFunction.apply(hidden, weight, None, problem.target, *options)[0]
+    if path != HALF_PROMPT:
+        return ChunkedLogProbFunction.apply(hidden, weight, None, problem.target, *options)[0]
+    # it knows no ignored tokens: they are scored with some target and masked, as its trainer does
+    target = problem.target.clamp(min=0)
+    logps = ChunkedLogProbFunction.apply(hidden, weight, None, target, *options)[0]
+    return logps.masked_fill(problem.target == IGNORED, 0.0)
 
 
 def cce_head(problem: HeadProblem, hidden: Tensor, weight: Tensor, path: str) -> Tensor:
@@ -134,12 +139,13 @@ class Peer:
         return replace(self, label=label, devices=("cpu",), head=own, loss=None, on_request=True)
 
 
-_RECOMPUTE = {"forward": 1, "frozen": 3, "recompute": 4}
+# They compute the ignored tokens of half_prompt too; Cut Cross-Entropy drops them.
+_RECOMPUTE = {"forward": 1, "frozen": 3, "recompute": 4, HALF_PROMPT: 4}
 PEERS = {
     "naive": Peer(
         "torch",
         "naive",
-        head=({"forward": 1, "frozen": 2, "cached": 3}, naive_head),
+        head=({"forward": 1, "frozen": 2, "cached": 3, HALF_PROMPT: 3}, naive_head),
         loss=(
             {"kto": 3, "kto+ref": 4, "step_kto": 3},
             partial(kto_of, naive_head),
@@ -175,7 +181,7 @@ PEERS = {
         "cut-cross-entropy",
         "Cut Cross-Entropy",
         devices=("cuda",),
-        head=(_RECOMPUTE, cce_head),
+        head=({**_RECOMPUTE, HALF_PROMPT: 2}, cce_head),
     ),
 }
 PEERS["torch-default"] = PEERS["torch"].shipped("torch, its default", partial(torch_head, {}))

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from stepkto_kernels import plan
-from stepkto_kernels.bench.contenders import PATHS
+from stepkto_kernels.bench.contenders import MODES, PATHS
 from stepkto_kernels.bench.problems import Shape
 
-PLANNED_PATHS = (*PATHS["head"], "fused")
+PLANNED_PATHS = (*MODES, "fused")
 
 
 class PathPlan(NamedTuple):

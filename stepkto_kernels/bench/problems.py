@@ -21,6 +21,8 @@ from stepkto_kernels.step_kto import KLBaseline
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST_SEQUENCE = 256
 STEPS = 8  # K
+HALF_PROMPT = "half_prompt"  # path on which the first half of every sequence is ignored
+IGNORED = -100  # target of a token that is not scored
 SPREAD = 2.0  # standard deviation of the logits, nats
 LOSS_SPREAD = 1.0  # smaller, so that a sequence's log-ratio stays off the flat part of the sigmoid
 
@@ -98,8 +100,9 @@ def head_problem(
     hidden, weight = randn(N, H).to(dtype), randn(V, H).mul_(spread / H**0.5).to(dtype)
     target = torch.randint(0, V, (N,), generator=generator, device=device)
     if likely_targets:
+        wide = weight.float()
         for rows in cut(N, 256):
-            top = (hidden[rows].float() @ weight.float().T).argmax(1)
+            top = (hidden[rows].float() @ wide.T).argmax(1)
             target[rows][::2] = top[::2]
     # no zeros: rows without a gradient may be dropped, and then it is another problem
     upstream = randn(N)
@@ -140,10 +143,21 @@ def make_problem(suite: str, shape: Shape, dtype: torch.dtype, device: str) -> H
 
 
 def on_path(problem: HeadProblem, path: str) -> HeadProblem:
-    """The same tensors with the options of a path of the loss."""
-    if not isinstance(problem, LossProblem) or path != "step_kto":
-        return problem
-    return replace(problem, config=StepKTOConfig(step_weight=1.0))
+    """The same tensors with the targets or the options of a path."""
+    if path == HALF_PROMPT:
+        N = problem.shape.N
+        T = sequence_length(N)
+        prompt = torch.arange(N, device=problem.target.device) % T < T // 2
+        return replace(problem, target=problem.target.masked_fill(prompt, IGNORED))
+    if isinstance(problem, LossProblem) and path == "step_kto":
+        return replace(problem, config=StepKTOConfig(step_weight=1.0))
+    return problem
+
+
+def scored_tokens(N: int, path: str) -> int:
+    """Of the N tokens of a path; the others are ignored."""
+    T = sequence_length(N)
+    return N - N // T * (T // 2) if path == HALF_PROMPT else N
 
 
 def sequence_length(N: int) -> int:

@@ -19,7 +19,7 @@ class Column(NamedTuple):
 
 
 _HEAD = [
-    Column("path", "path", -10),
+    Column("path", "path", -11),
     Column("who", "who", -26),
     Column("backend", "backend", -7),
     Column("dtype", "dtype", -8),
@@ -32,6 +32,7 @@ _RATIOS = [
     Column("/3 units", "ratio", 8, ".3f"),
     Column("units", "units", 5, "d"),
     Column("/own", "ratio_own", 6, ".3f"),
+    Column("/floor", "of_floor", 6, ".3f"),
     Column("extra MiB", "extra_mib", 9, ".0f"),
 ]
 _GRADIENTS = [
@@ -50,6 +51,8 @@ COLUMNS: dict[str, list[Column]] = {
         Column("ms best", "ms_best", 9, ".3f"),
         Column("median", "ms_median", 9, ".3f"),
         Column("/plain", "ratio_to_plain", 7, ".3f"),
+        Column("GB/s", "gb_s", 8, ".1f"),
+        Column("/floor", "of_floor", 8, ".1f"),
         _STATUS,
     ],
     "memory": [

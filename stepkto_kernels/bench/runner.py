@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stepkto_kernels.backend import BACKENDS
-from stepkto_kernels.bench.contenders import PATHS, Skip
+from stepkto_kernels.bench.contenders import MODES, NEEDS, PATHS, Skip
 from stepkto_kernels.bench.environment import environment
 from stepkto_kernels.bench.options import Options, Row
 from stepkto_kernels.bench.peers import PEERS
@@ -20,6 +20,7 @@ from stepkto_kernels.bench.plans import PLANNED_PATHS
 from stepkto_kernels.bench.plots import plot
 from stepkto_kernels.bench.problems import DTYPES, Shape
 from stepkto_kernels.bench.report import header, line, summary, write_json
+from stepkto_kernels.bench.roofline import Roofline, measure_copy
 from stepkto_kernels.bench.segment_suite import PATHS as SEGMENT_PATHS
 from stepkto_kernels.bench.suites import SUITES
 
@@ -28,7 +29,7 @@ SUITE_PATHS = {
     "loss": tuple(PATHS["loss"]),
     "segments": tuple(SEGMENT_PATHS),
     "memory": PLANNED_PATHS,
-    "accuracy": tuple(path for path, needs in PATHS["head"].items() if needs),
+    "accuracy": tuple(path for path in MODES if NEEDS[path]),
 }
 OUTPUT = Path("benchmarks/results")
 DESCRIPTION = "Measure this library beside its peers. Each path is checked against fp64 first."
@@ -110,22 +111,30 @@ def run(args: argparse.Namespace) -> int:
         memory=not args.no_memory,
         note=lambda text: print(f"... {text}", file=sys.stderr, flush=True),
     )
-    results = [run_suite(name, options, args.output, command(args, name)) for name in names]
+    roofline = Roofline(measure_copy(args.device))
+    results = [
+        run_suite(name, options, args.output, command(args, name), roofline) for name in names
+    ]
     rows = [row for result in results for row in result["rows"]]
     return int(any(row["name"] == "ours" and row["status"] != "ok" for row in rows))
 
 
-def run_suite(name: str, options: Options, output: Path, command: str) -> dict[str, Any]:
+def run_suite(
+    name: str, options: Options, output: Path, command: str, roofline: Roofline
+) -> dict[str, Any]:
     """Print rows as they come, write `output`/<suite>_<device>.json and .png.
 
-    The JSON is written with every row, so that a run that is cut off is not lost.
+    The JSON is written with every row, so that a run that is cut off is not lost. The floors in it
+    are those of its roofline, which rises with the bare GEMMs that are timed; the lines printed
+    earlier have the floors known then.
 
     Returns the content of the JSON.
     """
     result = {"benchmark": name, **environment(options.device, command)}
     rows: list[Row] = []
     skipped: list[dict[str, str]] = []
-    result.update(complete=False, repeats=options.repeats, rows=rows, skipped=skipped)
+    result.update(complete=False, repeats=options.repeats, roofline=roofline.header())
+    result.update(rows=rows, skipped=skipped)
     stem = output / f"{name}_{options.device}"
     begin = time.perf_counter()
     for item in SUITES[name](options):
@@ -136,6 +145,10 @@ def run_suite(name: str, options: Options, output: Path, command: str) -> dict[s
         if not rows:
             print(header(name))
         rows.append(item)
+        roofline.see(item)
+        result["roofline"] = roofline.header()
+        for row in rows:
+            row.update(roofline.columns(row))
         print(line(item), flush=True)
         write_json(result, stem.with_suffix(".json"))
     result.update(complete=True, seconds=round(time.perf_counter() - begin))

@@ -16,6 +16,7 @@ from stepkto_kernels.bench.contenders import Contender, Skip
 from stepkto_kernels.bench.exact import GATE, ULP
 from stepkto_kernels.bench.options import Options, Row, new_row
 from stepkto_kernels.bench.problems import Shape, batch_layout
+from stepkto_kernels.bench.roofline import path_bytes
 from stepkto_kernels.bench.timing import interleaved
 from stepkto_kernels.config import StepKTOConfig
 from stepkto_kernels.segments import StepSegments, segment_sums
@@ -86,6 +87,7 @@ def _rows(path: str, shape: Shape, options: Options) -> Iterator[Row]:
     for contender in contenders:
         row = new_row("segments", path, contender, shape, "float32")
         row.update(H=None, V=None, ms_best=None, ms_median=None, ratio_to_plain=None)
+        row["bytes"] = path_bytes("segments", path, shape, "float32", {})
         if contender.name == "ours":
             row["status"] = status
         if contender.key in times:

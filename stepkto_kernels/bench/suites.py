@@ -15,11 +15,19 @@ from functools import partial
 
 import torch
 
-from stepkto_kernels.bench.contenders import PATHS, Contender, Skip, execute, warm_up
+from stepkto_kernels.bench.contenders import (
+    MODES,
+    NEEDS,
+    PATHS,
+    Contender,
+    Skip,
+    execute,
+    warm_up,
+)
 from stepkto_kernels.bench.exact import Check, Errors, exact_logps
-from stepkto_kernels.bench.memory import Case, Failed, in_fresh_process
+from stepkto_kernels.bench.memory import Case, in_fresh_process
 from stepkto_kernels.bench.memory_suite import memory
-from stepkto_kernels.bench.options import Options, Row, new_row, one_line
+from stepkto_kernels.bench.options import Options, Row, failure, new_row
 from stepkto_kernels.bench.peers import contenders
 from stepkto_kernels.bench.problems import (
     DTYPES,
@@ -30,12 +38,22 @@ from stepkto_kernels.bench.problems import (
     make_problem,
     on_path,
 )
+from stepkto_kernels.bench.roofline import path_bytes
 from stepkto_kernels.bench.segment_suite import segments
-from stepkto_kernels.bench.timing import GEMM_UNITS, BareGemm, Times, interleaved, ratios
+from stepkto_kernels.bench.timing import GEMM_UNITS, BareGemm, Times, interleaved, ratios, release
 
 ACCURACY_SPREAD = 10.0  # the largest |z| of a row is about 40
 ACCURACY_COMPARED = 512  # tokens, and vocabulary entries
-TIMES = ("ms_best", "ms_median", "ratio", "ratio_median", "ratio_own", "extra_mib")
+TIMES = (
+    "ms_best",
+    "ms_median",
+    "ratio",
+    "ratio_median",
+    "ratio_own",
+    "floor_ms",
+    "of_floor",
+    "extra_mib",
+)
 
 
 def timed(suite: str, options: Options) -> Iterator[Row | Skip]:
@@ -74,11 +92,12 @@ def timed_shape(
             rows[contender.key] = row
             if row["status"] == "ok":
                 runs[contender.key] = partial(execute, contender, here, path)
-                if options.memory:
-                    case = Case(suite, path, contender.key, shape, dtype, options.device)
-                    row.update(_extra_memory(case, options))
+        if options.memory:
+            _extra_memory(rows, [key for key in runs if key != bare.key], options)
         options.note(f"{suite} {shape} {dtype} {path}: timing {len(runs)} in turns")
-        times = interleaved(runs, options.repeats, options.device)
+        times = interleaved(
+            runs, options.repeats, options.device, failed=partial(_fail, rows, bare.key)
+        )
         for key, row in rows.items():
             if key in times:
                 row.update(time_columns(times[key], times[bare.key], row["units"]))
@@ -93,8 +112,18 @@ def checked(
         warm_up(contender, problem, path)
         errors = check.errors(execute(contender, problem, path))
     except Exception as error:  # whatever somebody else's code raises is a row of the table
-        return Errors(), f"failed: {one_line(error)}"
-    return errors, check.verdict(errors)
+        status = failure(error)
+    else:
+        return errors, check.verdict(errors)
+    release(problem.hidden.device.type)  # only here has the traceback let go of its tensors
+    return Errors(), status
+
+
+def _fail(rows: dict[str, Row], bare: str, key: str, error: Exception) -> None:
+    """Nothing can be compared without the bare GEMM; anybody else is left out."""
+    if key == bare:
+        raise error
+    rows[key]["status"] = failure(error)
 
 
 def time_columns(times: Times, gemm: Times, units: int) -> Row:
@@ -126,9 +155,9 @@ def accuracy(options: Options) -> Iterator[Row | Skip]:
             )
             exact = exact_logps(problem.hidden, problem.weight, problem.target)
             check = Check(problem, exact, compared=ACCURACY_COMPARED)
-            for path, needs in PATHS["head"].items():
+            for path in MODES:
                 for contender in found:
-                    if needs and options.wants(path) and path in contender.units:
+                    if NEEDS[path] and options.wants(path) and path in contender.units:
                         row = new_row("accuracy", path, contender, shape, dtype)
                         errors, row["status"] = checked(contender, problem, path, check)
                         yield {**row, **asdict(errors)}
@@ -146,6 +175,7 @@ SUITES: dict[str, Callable[[Options], Iterator[Row | Skip]]] = {
 def _timed_row(suite: str, path: str, contender: Contender, shape: Shape, dtype: str) -> Row:
     row = new_row(suite, path, contender, shape, dtype)
     row.update(units=contender.units[path], **dict.fromkeys(TIMES), **asdict(Errors()))
+    row["bytes"] = path_bytes(suite, path, shape, dtype, NEEDS)
     if suite == "loss":
         row["includes"] = contender.includes
     return row
@@ -160,9 +190,18 @@ def _ref_logps(problem: HeadProblem, path: str) -> torch.Tensor | None:
     return problem.ref_logps().double()
 
 
-def _extra_memory(case: Case, options: Options) -> Row:
-    options.note(f"{case.suite} {case.shape} {case.path}: memory of {case.key}")
-    try:
-        return {"extra_mib": in_fresh_process(case)}
-    except Failed as error:
-        return {"extra_mib": None, "memory_status": f"failed: {error}"}
+def _extra_memory(rows: dict[str, Row], keys: list[str], options: Options) -> None:
+    """Measure the memory of the rows of these keys."""
+    cases = []
+    for key in keys:
+        row = rows[key]
+        shape = Shape(row["N"], row["H"], row["V"])
+        cases.append(Case(row["suite"], row["path"], key, shape, row["dtype"], options.device))
+    if not cases:
+        return
+    options.note(f"{cases[0].suite} {Shape(*cases[0].shape)} {cases[0].path}: memory of {keys}")
+    for key, peak in zip(keys, in_fresh_process(cases), strict=True):
+        if isinstance(peak, str):
+            rows[key]["memory_status"] = peak
+        else:
+            rows[key]["extra_mib"] = peak

@@ -1,0 +1,80 @@
+"""Write the tables of ROOFLINE.md from the arithmetic in stepkto_kernels/bench/predictions.py.
+
+The table of compiled kernels is from results/compile.json, which compile_report.py --output writes.
+
+python benchmarks/roofline.py            # rewrites what stands between the begin and end marks
+python benchmarks/roofline.py --check    # exits with 1 where ROOFLINE.md differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the package need not be installed
+
+from stepkto_kernels.bench.predictions import TABLES  # noqa: E402
+from stepkto_kernels.training.report import markdown_table  # noqa: E402
+
+PAGE = ROOT / "benchmarks/ROOFLINE.md"
+COMPILED = ROOT / "benchmarks/results/compile.json"
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")  # instructions of the tensor cores, by architecture
+
+
+def compile_table() -> str:
+    """The most that any configuration of a kernel needs, by architecture and operands."""
+    result = json.loads(COMPILED.read_text(encoding="utf-8"))
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for report in result["reports"]:
+        dtype, _, rest = report["config"].partition(" ")
+        operands = rest.split()[0] if "pointers" in rest or "descriptors" in rest else ""
+        is_dtype = dtype in ("bf16", "fp16", "fp32")
+        what = f"{dtype} {operands}".strip() if is_dtype else "fp32"
+        key = report["kernel"].strip("_"), f"sm_{report['sm']}", what
+        groups.setdefault(key, []).append(report)
+    rows = []
+    for key, reports in groups.items():
+        most = lambda name, reports=reports: max(report[name] for report in reports)
+        used = {op for report in reports for op in report["opcodes"]}
+        cores = ", ".join(op for op in (*MATRIX, "UTMALDG") if op in used)
+        needs = most("registers"), most("stack_bytes"), f"{most('shared_bytes') / 1024:.0f}"
+        rows.append([*key, len(reports), *needs, cores])
+    header = ["kernel", "for", "operands", "configurations", "registers", "stack", "shared KiB"]
+    table = markdown_table([*header, "tensor cores and TMA"], rows)
+    return f"{table}\nTriton {result['triton']}; all in benchmarks/results/compile.json.\n"
+
+
+def rewritten(text: str) -> str:
+    """The text with its tables.
+
+    Raises:
+        ValueError: it lacks the marks of a table.
+    """
+    for name, table in {**TABLES, "compile": compile_table}.items():
+        begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"{PAGE.name} has no marks {begin.strip()} and {end}")
+        text = before + begin + table() + end + after
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="tables of benchmarks/ROOFLINE.md")
+    parser.add_argument("--check", action="store_true", help="only compare")
+    args = parser.parse_args()
+    old = PAGE.read_text(encoding="utf-8")
+    new = rewritten(old)
+    if args.check:
+        return int(new != old)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Triton kernels; imported only when the backend "triton" serves a call."""
