@@ -32,7 +32,7 @@ from stepkto_kernels.linear_logprobs import (
 )
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.ops import custom_op
-from stepkto_kernels.plan import fused_pack, fused_rows
+from stepkto_kernels.plan import fused_rows
 from stepkto_kernels.rows import RowGradient
 from stepkto_kernels.segment_loss import SegmentIndex
 from stepkto_kernels.segments import StepSegments
@@ -120,8 +120,7 @@ def _fused_step_kto(
     # Only tokens in a labelled segment can change the loss; the others need no logits.
     kept = idx.scored_tokens().nonzero()[:, 0]
     capacity = fused_rows(V, memory_budget, device.type)
-    pack = fused_pack(V, memory_budget, device.type)
-    blocks = token_blocks(idx.sequence_index[kept], pack)
+    blocks = token_blocks(idx.sequence_index[kept], capacity)
     longest = max((len(b) for b in blocks if len(b) <= capacity), default=0)
     fp32 = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
     scratch = torch.empty(longest * V, dtype=torch.float32, device=device)

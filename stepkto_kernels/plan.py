@@ -53,7 +53,7 @@ TOKEN_CHUNK = {"cpu": CPU_TILE[0], "cuda": 4096}
 VOCAB_CHUNK = {"cpu": CPU_TILE[1], "cuda": 8192}
 # Default scratch of the fused loss: fp32 logits of the tokens that are worked on at once.
 FUSED_BYTES = {"cpu": 256 * MIB, "cuda": 1024 * MIB}
-# Tokens that it packs together, and can hold whatever V: every block reads and writes dweight.
+# ... but at least of so many tokens, as every block reads and writes all of dweight.
 FUSED_ROWS = {"cpu": 1024, "cuda": 2048}
 
 # GPU figures behind epilogue_pays: an H200's bf16 GEMM and copy rates. The rate of our own GEMM
@@ -163,21 +163,9 @@ def epilogue_pays(H: int, itemsize: int) -> bool:
 
 
 def fused_rows(V: int, memory_budget: int | None, device_type: str) -> int:
-    """Tokens whose fp32 logits the fused loss can hold at once: the longest sequence of 3 units."""
+    """Tokens whose fp32 logits the fused loss holds at once."""
     row_bytes = max(V, 1) * FP32_BYTES
     if memory_budget is None:
         known = device_type if device_type in FUSED_BYTES else "cuda"
         memory_budget = max(FUSED_BYTES[known], FUSED_ROWS[known] * row_bytes)
     return max(memory_budget // row_bytes, MIN_FUSED_ROWS)
-
-
-def fused_pack(V: int, memory_budget: int | None, device_type: str) -> int:
-    """Tokens up to which the fused loss packs sequences together: all it can hold, where asked to.
-
-    By default no more than it takes to make little of the visits to dweight, as fresh memory costs
-    a page fault every 4 KiB on a CPU.
-    """
-    rows = fused_rows(V, memory_budget, device_type)
-    if memory_budget is not None:
-        return rows
-    return min(rows, FUSED_ROWS.get(device_type, FUSED_ROWS["cuda"]))

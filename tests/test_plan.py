@@ -16,7 +16,6 @@ from stepkto_kernels.plan import (
     cpu_tile,
     cut,
     even_chunk,
-    fused_pack,
     fused_rows,
     last_level_cache,
     plan_head,
@@ -162,11 +161,3 @@ def test_fused_rows_use_the_budget_but_hold_at_least_16(device):
         assert (rows + 1) * V * 4 > budget
         default = max(plan.FUSED_BYTES[device], plan.FUSED_ROWS[device] * V * 4)
         assert fused_rows(V, None, device) == fused_rows(V, default, device)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_sequences_are_packed_into_what_is_held(device):
-    for V, budget in product(VOCABULARIES, BUDGETS):
-        assert fused_pack(V, budget, device) == fused_rows(V, budget, device)
-        assert fused_pack(V, None, device) <= fused_rows(V, None, device)
-        assert fused_pack(V, None, device) <= plan.FUSED_ROWS[device]
