@@ -43,7 +43,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPTIONS = ("HAS_BIAS", "HAS_SCALE", "HAS_SOFTCAP", "HAS_TEMPERATURE")
 STATS = ("HAS_LOGIT_SUM", "HAS_MOMENT", "HAS_SQUARE")
 GRADIENT = ("HAS_DLOGP", "HAS_ENTROPY")
-# Flags switch code on, so nothing, everything and each alone bound what a mixture needs.
+# Flags switch code on: nothing, everything and each alone are compiled, not every mixture.
 SCALARS = {"logit_scale": "fp32", "softcap": "fp32", "temperature": "fp32"}
 
 

@@ -172,12 +172,11 @@ def _forward_kernel(
         rows = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = c * BLOCK_N + tl.arange(0, BLOCK_N)
         here = rows < n
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + columns, mask=columns < v, other=0.0).to(tl.float32)[None, :]
         z = transform(
             z,
-            bias,
+            bias_ptr,
+            columns,
+            v,
             logit_scale,
             softcap,
             temperature,
@@ -265,12 +264,11 @@ def _dlogits_kernel(
         rows = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = c * BLOCK_N + tl.arange(0, BLOCK_N)
         here = rows < n
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + columns, mask=columns < v, other=0.0).to(tl.float32)[None, :]
         z = transform(
             z,
-            bias,
+            bias_ptr,
+            columns,
+            v,
             logit_scale,
             softcap,
             temperature,
@@ -281,26 +279,21 @@ def _dlogits_kernel(
         )
         # as int32, like the columns: a 64-bit comparison for every element takes registers
         column = (tl.load(target_ptr + rows, mask=here, other=-1) - v0).to(tl.int32)
-        dlogp = tl.full((BLOCK_M,), 1.0, tl.float32)
-        dentropy = tl.zeros((BLOCK_M,), tl.float32)
-        entropy = tl.zeros((BLOCK_M,), tl.float32)
-        if HAS_DLOGP:
-            dlogp = tl.load(dlogp_ptr + rows, mask=here, other=0.0)
-        if HAS_ENTROPY:
-            dentropy = tl.load(dentropy_ptr + rows, mask=here, other=0.0)
-            entropy = tl.load(entropy_ptr + rows, mask=here, other=0.0)
         d = dlogits_of(
             z,
             columns[None, :] == column[:, None],
-            tl.load(top_ptr + rows, mask=here, other=0.0)[:, None],
-            tl.load(logsum_ptr + rows, mask=here, other=0.0)[:, None],
-            tl.load(logp_ptr + rows, mask=here, other=0.0)[:, None],
-            dlogp[:, None],
-            dentropy[:, None],
-            entropy[:, None],
-            logit_scale / temperature,
+            rows,
+            here,
+            top_ptr,
+            logsum_ptr,
+            logp_ptr,
+            dlogp_ptr,
+            dentropy_ptr,
+            entropy_ptr,
+            logit_scale,
             softcap,
             temperature,
+            HAS_DLOGP,
             HAS_ENTROPY,
             HAS_SOFTCAP,
         )

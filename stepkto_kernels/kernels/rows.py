@@ -51,8 +51,10 @@ def tanh_fp32(x):
 
 @triton.jit
 def transform(
-    x,
-    bias,
+    x,  # (rows, columns) fp32
+    bias_ptr,  # (v,) any float
+    columns,
+    v,
     logit_scale,
     softcap,
     temperature,
@@ -63,7 +65,7 @@ def transform(
 ):
     """z = cap(logit_scale * (x + bias)) / temperature, fp32."""
     if HAS_BIAS:
-        x += bias
+        x += tl.load(bias_ptr + columns, mask=columns < v, other=0.0).to(tl.float32)[None, :]
     if HAS_SCALE:
         x *= logit_scale
     if HAS_SOFTCAP:
@@ -94,25 +96,36 @@ def expm1_fp32(x):
 def dlogits_of(
     z,  # (rows, columns) fp32
     is_target,  # (rows, columns)
-    top,  # (rows, 1), as all that follow
-    logsum,
-    logp,
-    dlogp,
-    dentropy,
-    entropy,
-    chain,
+    rows,  # positions of the rows in what follows
+    here,  # mask of `rows`
+    top_ptr,  # (n,) fp32, as all that follow; see rows.RowGradient
+    logsum_ptr,
+    logp_ptr,
+    dlogp_ptr,
+    dentropy_ptr,
+    entropy_ptr,
+    logit_scale,
     softcap,
     temperature,
+    HAS_DLOGP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Gradient of the loss in hidden @ weight.T + bias; see rows.RowGradient. 0 where dlogp is."""
+    """Gradient of the loss in hidden @ weight.T + bias. Exactly 0 where that of the row is."""
+    top = tl.load(top_ptr + rows, mask=here, other=0.0)[:, None]
+    logsum = tl.load(logsum_ptr + rows, mask=here, other=0.0)[:, None]
+    logp = tl.load(logp_ptr + rows, mask=here, other=0.0)[:, None]
+    dlogp = tl.full(logp.shape, 1.0, tl.float32)
+    if HAS_DLOGP:
+        dlogp = tl.load(dlogp_ptr + rows, mask=here, other=0.0)[:, None]
     log_p = (z - top) - logsum
     # p - 1 of a target that is almost certain must not come from a rounded p
     own = -dlogp * expm1_fp32(logp)
     pull = dlogp
     dead = dlogp == 0.0
     if HAS_ENTROPY:
+        dentropy = tl.load(dentropy_ptr + rows, mask=here, other=0.0)[:, None]
+        entropy = tl.load(entropy_ptr + rows, mask=here, other=0.0)[:, None]
         finite = tl.maximum(logp, NEGLIGIBLE)
         own -= dentropy * tl.exp(finite) * (finite + entropy)
         pull = dlogp + dentropy * (tl.maximum(log_p, NEGLIGIBLE) + entropy)
@@ -121,7 +134,7 @@ def dlogits_of(
     if HAS_SOFTCAP:
         d *= cap_slope(z, softcap, temperature)
     # a token without gradient may hold anything, NaN too, so its 0 is not a product
-    return tl.where(dead, 0.0, d * chain)
+    return tl.where(dead, 0.0, d * (logit_scale / temperature))
 
 
 # ---- kernels ------------------------------------------------------------------------------------
@@ -173,12 +186,11 @@ def _fold_kernel(
         offs_v = start + tl.arange(0, BLOCK_V)
         inside = here[:, None] & (offs_v < v)[None, :]
         x = tl.load(x_ptr + rows[:, None] * stride_x + offs_v[None, :], mask=inside, other=0.0)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + offs_v, mask=offs_v < v, other=0.0)[None, :]
         z = transform(
             x.to(tl.float32),
-            bias,
+            bias_ptr,
+            offs_v,
+            v,
             logit_scale,
             softcap,
             temperature,
@@ -223,12 +235,11 @@ def _fold_kernel(
             offs_v = start + tl.arange(0, BLOCK_V)
             inside = here[:, None] & (offs_v < v)[None, :]
             x = tl.load(x_ptr + rows[:, None] * stride_x + offs_v[None, :], mask=inside, other=0.0)
-            bias = 0.0
-            if HAS_BIAS:
-                bias = tl.load(bias_ptr + offs_v, mask=offs_v < v, other=0.0)[None, :]
             z = transform(
                 x.to(tl.float32),
-                bias,
+                bias_ptr,
+                offs_v,
+                v,
                 logit_scale,
                 softcap,
                 temperature,
@@ -279,12 +290,11 @@ def _dlogits_kernel(
     here = rows < n
     inside = here[:, None] & (offs_v < v)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_x + offs_v[None, :], mask=inside, other=0.0)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=offs_v < v, other=0.0)[None, :]
     z = transform(
         x.to(tl.float32),
-        bias,
+        bias_ptr,
+        offs_v,
+        v,
         logit_scale,
         softcap,
         temperature,
@@ -294,26 +304,21 @@ def _dlogits_kernel(
         HAS_TEMPERATURE,
     )
     column = (tl.load(target_ptr + rows, mask=here, other=-1) - v0).to(tl.int32)
-    dlogp = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
-    dentropy = tl.zeros((BLOCK_ROWS,), tl.float32)
-    entropy = tl.zeros((BLOCK_ROWS,), tl.float32)
-    if HAS_DLOGP:
-        dlogp = tl.load(dlogp_ptr + rows, mask=here, other=0.0)
-    if HAS_ENTROPY:
-        dentropy = tl.load(dentropy_ptr + rows, mask=here, other=0.0)
-        entropy = tl.load(entropy_ptr + rows, mask=here, other=0.0)
     d = dlogits_of(
         z,
         offs_v[None, :] == column[:, None],
-        tl.load(top_ptr + rows, mask=here, other=0.0)[:, None],
-        tl.load(logsum_ptr + rows, mask=here, other=0.0)[:, None],
-        tl.load(logp_ptr + rows, mask=here, other=0.0)[:, None],
-        dlogp[:, None],
-        dentropy[:, None],
-        entropy[:, None],
-        logit_scale / temperature,
+        rows,
+        here,
+        top_ptr,
+        logsum_ptr,
+        logp_ptr,
+        dlogp_ptr,
+        dentropy_ptr,
+        entropy_ptr,
+        logit_scale,
         softcap,
         temperature,
+        HAS_DLOGP,
         HAS_ENTROPY,
         HAS_SOFTCAP,
     )
