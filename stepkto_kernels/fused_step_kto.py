@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepkto_kernels import backend as backends
-from stepkto_kernels import checks
+from stepkto_kernels import checks, shards
 from stepkto_kernels.config import LogitOptions, SegmentOptions, StepKTOConfig
 from stepkto_kernels.head import (
     WeightGradients,
@@ -23,11 +23,11 @@ from stepkto_kernels.head import (
     vocab_tiles,
 )
 from stepkto_kernels.linear_logprobs import (
-    Group,
     check_head,
     gradient_dtype,
     linear_logprobs,
     make_head,
+    resolve_split,
     wants_grad,
 )
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
@@ -36,6 +36,7 @@ from stepkto_kernels.plan import fused_rows
 from stepkto_kernels.rows import RowGradient
 from stepkto_kernels.segment_loss import SegmentIndex
 from stepkto_kernels.segments import StepSegments
+from stepkto_kernels.shards import HeadGroup, VocabParallel
 from stepkto_kernels.step_kto import (
     KLBaseline,
     LossNormalizer,
@@ -108,6 +109,7 @@ def _fused_step_kto(
     gradient_bound: float,
     backend: str,
     memory_budget: int | None,
+    vocab_parallel: str,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -116,10 +118,13 @@ def _fused_step_kto(
     idx = SegmentIndex(*index)
     V, H = weight.shape
     device = hidden.device
-    head = make_head(hidden, weight, target, bias, LogitOptions.unpack(logit_options), backend)
+    split = VocabParallel.unpack(vocab_parallel)
+    logit = LogitOptions.unpack(logit_options)
+    head = make_head(hidden, weight, target, bias, logit, backend, split)
     # Only tokens in a labelled segment can change the loss; the others need no logits.
     kept = idx.scored_tokens().nonzero()[:, 0]
-    capacity = fused_rows(V, memory_budget, device.type)
+    # a sharded head has the same blocks on all ranks, as each brings the ranks together
+    capacity = fused_rows(V if split is None else split.largest, memory_budget, device.type)
     blocks = token_blocks(idx.sequence_index[kept], capacity)
     longest = max((len(b) for b in blocks if len(b) <= capacity), default=0)
     fp32 = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
@@ -130,7 +135,8 @@ def _fused_step_kto(
     batch = level.SegmentBatch(idx, options)
     loss = lambda: batch.loss((z_o, z_s), (n_o, n_s))
     kept_dtype = gradient_dtype(hidden.dtype)
-    dhidden = torch.zeros_like(hidden, dtype=kept_dtype) if needs_hidden else None
+    dhidden_dtype = kept_dtype if split is None else torch.float32  # a sum over ranks, once
+    dhidden = torch.zeros_like(hidden, dtype=dhidden_dtype) if needs_hidden else None
     weights = WeightGradients(
         torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None,
         fp32(V) if needs_bias else None,
@@ -169,9 +175,11 @@ def _fused_step_kto(
         else:
             full_rows_backward(part, row, tiles, wide, weights)
         if dhidden is not None and wide is not None:
-            dhidden[part.rows] = (wide if lift is None else wide / lift).to(kept_dtype)
+            dhidden[part.rows] = (wide if lift is None else wide / lift).to(dhidden_dtype)
     if lift is not None:
         weights.divide_(lift)
+    if split is not None and dhidden is not None:
+        dhidden = split.all_reduce_(dhidden).to(kept_dtype)
     out = loss()
     empty = lambda: hidden.new_empty(0, dtype=kept_dtype)
     return (
@@ -200,6 +208,7 @@ def _(  # type: ignore[no-untyped-def]
     gradient_bound,
     backend,
     memory_budget,
+    vocab_parallel,
     needs_hidden,
     needs_weight,
     needs_bias,
@@ -237,12 +246,12 @@ def _scale(grad: Tensor, dloss: Tensor) -> Tensor:
 
 def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
     if dloss is None:
-        return *[None] * 5, [None] * ctx.num_index, *[None] * 12
+        return *[None] * 5, [None] * ctx.num_index, *[None] * 13
     dhidden, dweight, dbias = (
         _scale(grad, dloss).to(ctx.dtype) if needed else None
         for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
-    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 12
+    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 13
 
 
 _fused_step_kto.register_autograd(_backward, setup_context=_setup_context)
@@ -266,7 +275,7 @@ def fused_linear_step_kto_loss(
     memory_budget: int | None = None,
     gradient_bound: float = 0.0,
     backend: str = "auto",
-    group: Group | None = None,
+    group: HeadGroup | None = None,
 ) -> tuple[Tensor, StepKTOMetrics]:
     """step_kto_loss of linear_logprobs in one pass over the head: 3 GEMM units in place of 4.
 
@@ -292,6 +301,7 @@ def fused_linear_step_kto_loss(
     Raises:
         ValueError: as `linear_logprobs` and `step_kto_loss`.
     """
+    hidden, weight, target, bias, group = shards.local_tensors(hidden, weight, target, bias, group)
     dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
     check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
     checks.number("gradient_bound", gradient_bound, low=0)
@@ -304,6 +314,9 @@ def fused_linear_step_kto_loss(
     z, matched = resolve_baseline(baseline, config, hidden.device)
     n = resolve_normalizer(normalizer, segments, config)
     backend = backends.resolve(backend, hidden.device)
+    split = resolve_split(
+        hidden, weight, bias, memory_budget, options, backend, group, config=config
+    )
     if matched or backend == "reference":
         logps = linear_logprobs(
             hidden,
@@ -317,6 +330,7 @@ def fused_linear_step_kto_loss(
             memory_budget=memory_budget,
             gradient_bound=gradient_bound,
             backend=backend,
+            group=split,
         )
         return step_kto_loss(logps, ref_logps, segments, baseline, config, normalizer)
     loss, totals, *_ = _fused_step_kto(
@@ -333,6 +347,7 @@ def fused_linear_step_kto_loss(
         float(gradient_bound),
         backend,
         memory_budget,
+        "" if split is None else split.pack(),
         wants_grad(hidden),
         wants_grad(weight),
         wants_grad(bias),

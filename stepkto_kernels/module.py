@@ -14,6 +14,7 @@ from stepkto_kernels.config import LogitOptions, StepKTOConfig
 from stepkto_kernels.fused_step_kto import fused_linear_step_kto_loss
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.segments import StepSegments
+from stepkto_kernels.shards import HeadGroup
 from stepkto_kernels.step_kto import KLBaseline, LossNormalizer
 
 
@@ -30,7 +31,7 @@ class StepKTOLoss(nn.Module):
 
     Args:
         config: options of the loss.
-        temperature, logit_scale, softcap, ignore_index, memory_budget, backend: as
+        temperature, logit_scale, softcap, ignore_index, memory_budget, backend, group: as
             `fused_linear_step_kto_loss`.
     Raises:
         ValueError: an option out of range.
@@ -49,6 +50,7 @@ class StepKTOLoss(nn.Module):
         ignore_index: int = -100,
         memory_budget: int | None = None,
         backend: str = "auto",
+        group: HeadGroup | None = None,
     ):
         super().__init__()
         LogitOptions(temperature, logit_scale, softcap, ignore_index)
@@ -63,6 +65,7 @@ class StepKTOLoss(nn.Module):
             "ignore_index": ignore_index,
             "memory_budget": memory_budget,
             "backend": backend,
+            "group": group,
         }
         self.register_buffer("running", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from stepkto_kernels.config import STEP_REDUCTIONS, SegmentOptions
@@ -132,6 +133,16 @@ class SegmentBatch:
             self.ratio[level].add_(sum_by_index(clipped, segment, size))
             self.logp[level].add_(sum_by_index(logps, segment, size))
             self.tokens[level].add_(sum_by_index(torch.ones_like(logps), segment, size))
+
+    def all_reduce(self, group: dist.ProcessGroup) -> Tensor:
+        """Add the sums of other ranks; returns the number of scored tokens of all, () fp64."""
+        sums = [x for pair in (self.ratio, self.logp, self.tokens) for x in pair]
+        scored = self.index.scored_tokens().sum(dtype=torch.float64)
+        packed = torch.cat([*sums, scored[None]])
+        dist.all_reduce(packed, group=group)
+        for x, total in zip(sums, packed[:-1].split([len(x) for x in sums]), strict=True):
+            x.copy_(total)
+        return packed[-1]
 
     def scale(self, level: int) -> Tensor:
         """d r / d (sum of log-ratios): 1, or 1 / tokens with length_normalize."""
