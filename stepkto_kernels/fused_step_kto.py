@@ -179,7 +179,7 @@ def _fused_step_kto(
     if lift is not None:
         weights.divide_(lift)
     if split is not None and dhidden is not None:
-        dhidden = split.all_reduce_(dhidden).to(kept_dtype)
+        dhidden = split.sum_(dhidden).to(kept_dtype)
     out = loss()
     empty = lambda: hidden.new_empty(0, dtype=kept_dtype)
     return (

@@ -116,6 +116,13 @@ class Head:
         full[self.rows] = kept
         return full
 
+    def sum_over_ranks(self, kept: Tensor) -> Tensor:
+        """(n, ...) of a sharded head, added up over the ranks that ask for it."""
+        assert self.shards is not None
+        if not self.shards.counts or self.rows is None:
+            return self.shards.sum_(kept)
+        return self.shards.sum_(self.spread(kept))[self.rows]
+
     def weight_tile(self, vocab: slice) -> Tensor:
         return self.weight[vocab].to(self.gemm_dtype)
 
@@ -326,7 +333,7 @@ def forward_frozen(
         expected[tokens] *= others[:, None]
         expected[tokens] += own[:, None] * head.weight[target.clamp(0, V - 1)].float()
     if head.shards is not None:
-        head.shards.all_reduce_(expected)
+        expected = head.sum_over_ranks(expected)
     return logp, lse, values, expected
 
 

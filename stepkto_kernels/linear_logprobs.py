@@ -246,7 +246,7 @@ def _linear_logprobs_bwd(
     if split is None:
         return head.spread(wide.to(hidden.dtype)), dweight, dbias
     # of all tokens: which ones have a gradient must not decide what ranks exchange
-    return split.all_reduce_(head.spread(wide)).to(hidden.dtype), dweight, dbias
+    return split.sum_(head.spread(wide)).to(hidden.dtype), dweight, dbias
 
 
 @_linear_logprobs_bwd.register_fake
@@ -366,7 +366,7 @@ def resolve_split(
         "logit options": options,
         **others,
     }
-    return shards.resolve(weight, group, same)
+    return shards.resolve(weight, group, same, hidden.numel() // hidden.shape[-1])
 
 
 def wants_grad(value: Tensor | None) -> bool:

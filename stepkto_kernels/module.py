@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stepkto_kernels import checks
+from stepkto_kernels import checks, shards
 from stepkto_kernels.backend import BACKENDS
 from stepkto_kernels.config import LogitOptions, StepKTOConfig
 from stepkto_kernels.fused_step_kto import fused_linear_step_kto_loss
@@ -57,6 +57,7 @@ class StepKTOLoss(nn.Module):
         checks.instance("config", config, StepKTOConfig)
         checks.memory_budget(memory_budget)
         checks.choice("backend", backend, BACKENDS)
+        shards.check_group(group)
         self.config = config
         self.options = {
             "temperature": temperature,

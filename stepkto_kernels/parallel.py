@@ -2,7 +2,7 @@
 
     weight (rows of V)      tokens                      call
     sharded                 the same on all ranks       group=vocab_parallel(weight, group)
-    sharded                 cut over the same group     gather_tokens, then group=...
+    sharded                 cut over the same group     gather_tokens, then group=...of_tokens()
     sharded (FSDP2)         each rank's own             gathered_weight, or own_token_logprobs
     whole                   a sequence on many ranks    own_segments, step_kto_loss(context_group=)
     whole                   each rank's own (DDP)       loss_normalizer(group=), kl_baseline(group=)
@@ -178,25 +178,19 @@ def own_token_logprobs(
     checks.require(hidden.shape[-1:] == (H,), "hidden", f"shape (..., {H})", tuple(hidden.shape))
     checks.tensor("target", target, dtypes=(torch.int64,))
     checks.shape("target", target, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
-    group = split.group
-    flat = hidden.reshape(-1, H)
-    counts = token_counts(flat, group)
+    if bias is not None:
+        checks.require(shards.is_dtensor(bias), "bias", "a DTensor", type(bias).__name__)
+        checks.require(_sharded(bias) == split, "bias", "split as weight", _sharded(bias))
     scale = 1 / len(split.sizes) if reduce == "mean" else 1.0
-    named: list[tuple[str, Any]] = [("weight", weight), ("bias", bias)]
-    local: list[Tensor | None] = []
-    for name, value in named:
-        if value is not None:
-            checks.require(shards.is_dtensor(value), name, "a DTensor", type(value).__name__)
-            checks.require(_sharded(value) == split, name, "split as weight", value.placements)
-        local.append(None if value is None else _ScaledGradient.apply(value.to_local(), scale))
-    rows, local_bias = local
-    assert rows is not None
+    local = lambda x: _ScaledGradient.apply(x.to_local(), scale)
+    flat, group = hidden.reshape(-1, H), split.group
+    counts = token_counts(flat, group)
     logps = linear_logprobs(
         gather_tokens(flat, group, counts),
-        rows,
+        local(weight),
         gather_tokens(target.reshape(-1), group, counts),
-        local_bias,
-        group=split,
+        None if bias is None else local(bias),
+        group=split.of_tokens(counts),
         **options,
     )
     return split_tokens(logps, group, counts).view(target.shape)
@@ -257,8 +251,10 @@ def _checked_counts(
 def gather_tokens(x: Tensor, group: ProcessGroup, counts: Sequence[int] | None = None) -> Tensor:
     """The tokens of all ranks, in rank order: sequence parallel -> what a sharded head takes.
 
-        hidden = gather_tokens(hidden, group)  # target: likewise, or known to all
-        logps = linear_logprobs(hidden, weight_rows, target, group=group)
+        split = vocab_parallel(weight, group)  # once
+        counts = token_counts(hidden, group)  # unless they are known
+        hidden = gather_tokens(hidden, group, counts)  # target: likewise, or known to all
+        logps = linear_logprobs(hidden, weight, target, group=split.of_tokens(counts))
 
     Args:
         x: this rank's tokens (N_local, ...), of any dtype.
