@@ -288,7 +288,9 @@ def fused_linear_step_kto_loss(
         baseline, config, normalizer: as `step_kto_loss`. reference_point "matched" without a
             baseline needs all log-probs before the first gradient and so costs 4 units.
         bias: (V,), dtype of `hidden`.
-        temperature, logit_scale, softcap, backend, group: as `linear_logprobs`.
+        temperature, logit_scale, softcap, backend, group: as `linear_logprobs`. With a group all of
+            its ranks pass the same batch and get the same loss and metrics: what is added up over
+            data-parallel ranks counts each such group once.
         memory_budget: bytes for the fp32 logits held at once, V * 4 a token; None takes
             plan.FUSED_BYTES. A sequence that does not fit costs 4 units instead of 3. At least 16
             tokens are held.

@@ -6,7 +6,9 @@ Letters: P ranks, N tokens, H hidden size, V vocabulary.
 
 import multiprocessing
 import os
+import pathlib
 import pickle
+import re
 import traceback
 from dataclasses import replace
 from datetime import timedelta
@@ -36,6 +38,7 @@ from stepkto_kernels import (
 from stepkto_kernels import plan as plans
 from stepkto_kernels.shards import VocabParallel, torch_chunks
 
+README = pathlib.Path(__file__).parent.parent / "README.md"
 V = 301  # 151 + 150 or 76 + 76 + 76 + 73 in torch's chunks
 SIZES = {2: (200, 101), 4: (150, 0, 101, 50)}
 EQUAL = {2: (151, 150), 4: (76, 76, 76, 73)}
@@ -434,6 +437,27 @@ def test_a_dtensor_weight_brings_its_group(
     assert_head_within_bound(joined(results), problem)
 
 
+def run_fused_dtensor(rank, group, problem, segments, ref_logps):
+    mesh = init_device_mesh("cpu", (group.size(),), mesh_dim_names=("tp",))
+    place = lambda x: torch.distributed.tensor.distribute_tensor(x, mesh, [Shard(0)])
+    weight, bias = place(problem.weight).requires_grad_(), place(problem.bias)
+    call = problem.target, segments, ref_logps, BASELINE
+    loss, _ = StepKTOLoss(CONFIG)(problem.hidden, weight, *call, bias)
+    loss.backward()
+    return {"logps": loss.detach(), "dweight": weight.grad.to_local()}
+
+
+def test_the_fused_loss_takes_dtensors(ranks, typical, loss_problem):
+    problem, ref_logps = loss_problem(typical)
+    got = joined(ranks(run_fused_dtensor, problem, typical, ref_logps))
+    weight = problem.weight.requires_grad_()
+    call = problem.target, typical, ref_logps, BASELINE
+    loss, _ = StepKTOLoss(CONFIG)(problem.hidden, weight, *call, problem.bias)
+    loss.backward()
+    torch.testing.assert_close(got["logps"], loss.detach())
+    torch.testing.assert_close(got["dweight"], weight.grad)
+
+
 def test_torch_chunks_are_those_of_dtensor(ranks):
     for V in (1, 3, 5, 7, 8, 301):
         assert ranks(run_chunks, V) == list(torch_chunks(V, ranks.world))
@@ -568,6 +592,7 @@ PARTS = {
         () if rank == 1 else ((1, ((1, 3), (0, 2)), 2), (0, ((1, 2),), rank))
     ),
     "nobody has a label": lambda rank: ((-1, ((-1, 3),), 1),),
+    "nobody has a token": lambda rank: (),
 }
 
 
@@ -638,7 +663,7 @@ def test_fsdp2_head_gradients_are_summed_over_ranks(ranks, layout, part, separat
         *(model(tokens), model.lm_head.weight, target, whole, ref_logps, baseline), config=CONFIG
     )
     loss.backward()
-    assert (loss > 0) == (part != "nobody has a label")
+    assert (loss > 0) == (not part.startswith("nobody"))
     torch.testing.assert_close(got["loss"], loss.detach(), rtol=1e-5, atol=0)
     for name, parameter in model.named_parameters():
         # fp32 sums in another order
@@ -701,7 +726,7 @@ def run_micro_batches(rank, group, micro_batches, weight, hidden_of):
 def test_a_rank_without_desirable_examples_neither_hangs_nor_skews(ranks, layout, part):
     """DDP with gradient accumulation: normalizers and reference points of the whole batch."""
     parts = [[PARTS[part](rank), PARTS["alike"](rank)] for rank in range(ranks.world)]
-    if part == "nobody has a label":
+    if part.startswith("nobody"):
         parts = [[p[0], p[0]] for p in parts]
     batches = [
         [inputs_of(layout(p), 10 * rank + i) for i, p in enumerate(ps)]
@@ -723,6 +748,30 @@ def test_a_rank_without_desirable_examples_neither_hangs_nor_skews(ranks, layout
     torch.testing.assert_close(got["loss"], loss.detach(), rtol=1e-5, atol=0)
     atol = 1e-5 * float(weight.grad.abs().max())
     torch.testing.assert_close(got["dw"], weight.grad, rtol=0, atol=atol)
+
+
+def run_readme(rank, group, block, problem, sizes, batch):
+    space = {"linear_logprobs": linear_logprobs, "loss_fn": StepKTOLoss(CONFIG)}
+    exec(block, space)  # our own README
+    local = local_problem(problem, make_split(group, sizes))
+    logps = space["tensor_parallel"](local.hidden, local.weight, local.target, group)
+    torch.testing.assert_close(
+        logps, linear_logprobs(problem.hidden, problem.weight, problem.target)
+    )
+    model = tiny()
+    whole = model.lm_head.weight.detach().clone().requires_grad_()
+    fully_shard(model.lm_head)
+    tokens, *rest = batch
+    hidden = model(tokens).detach()
+    space["fsdp2"](hidden, model, *rest, BASELINE)[0].backward()
+    space["loss_fn"](hidden, whole, *rest, BASELINE)[0].backward()
+    torch.testing.assert_close(model.lm_head.weight.grad.full_tensor(), whole.grad)
+
+
+def test_what_readme_shows_runs(ranks, head_problem, typical):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    block = next(block for block in blocks if "parallel." in block)
+    ranks(run_readme, block, head_problem(V=V), SIZES[ranks.world], inputs_of(typical, 0))
 
 
 # ---- sequence and context parallel --------------------------------------------------------------
