@@ -26,6 +26,7 @@ from stepkto_kernels.linear_logprobs import linear_logprobs
 
 # What head_fn is called with: hidden (..., H), weight (V, H), bias (V,) or None, all in one dtype.
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Any]
+LoRA = tuple[nn.Linear, nn.Linear, float, nn.Module]  # A, B, scaling, dropout
 CHECKED_TOKENS = 8
 
 
@@ -63,12 +64,11 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: it is no PreTrainedModel, or has no lm_head.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    inner: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
     want = "a PreTrainedModel with an lm_head, or a PEFT model of one"
-    is_model = isinstance(inner, PreTrainedModel)
-    checks.require(
-        is_model and inner.get_output_embeddings() is not None, "model", want, type(model)
-    )
+    has_head = isinstance(inner, PreTrainedModel) and inner.get_output_embeddings() is not None
+    checks.require(has_head, "model", want, type(model).__name__)
     return inner
 
 
@@ -81,17 +81,17 @@ def route_head(model: nn.Module) -> PreTrainedModel:
         ValueError: as `causal_lm`, or the head is of a kind that has no weight of its own.
     """
     inner = causal_lm(model)
-    head = inner.get_output_embeddings()
+    head: Any = inner.get_output_embeddings()
     # bound methods, which copy.deepcopy binds to the copy
     for module, forward in ((head, _head_forward), (inner, _model_forward)):
         if "_forward_before_routing" not in module.__dict__:
             module.__dict__["_forward_before_routing"] = module.forward
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(forward, module)
     _plain_head(head)
     return inner
 
 
-def _model_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     head_fn = kwargs.pop("head_fn", None)
     if head_fn is None:
         return self._forward_before_routing(*args, **kwargs)
@@ -100,17 +100,18 @@ def _model_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     experts = _aux_loss_function(self)
     if experts is not None:
         kwargs["output_router_logits"] = True
-    # some families' base_model_prefix names no module of theirs, and base_model is the model itself
-    backbone = self.get_decoder() if self.base_model is self else self.base_model
+    # where base_model_prefix names no module (Llama 4), base_model is the model itself
+    backbone: Any = self.model if self.base_model is self else self.base_model
     outputs = backbone(*args, use_cache=False, return_dict=True, **kwargs)
     aux_loss = None
     if experts is not None:
         aux_loss = experts(outputs.router_logits, attention_mask=kwargs.get("attention_mask"))
-    value = self.get_output_embeddings()(outputs.last_hidden_state, head_fn=head_fn)
+    head: Any = self.get_output_embeddings()
+    value = head(outputs.last_hidden_state, head_fn=head_fn)
     return HeadOutput(value, aux_loss)
 
 
-def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _head_forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     head_fn = kwargs.pop("head_fn", None)
     if head_fn is None:
         return self._forward_before_routing(hidden, *args, **kwargs)
@@ -122,7 +123,7 @@ def _aux_loss_function(model: PreTrainedModel) -> Callable[..., Tensor] | None:
     config = model.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return None
-    balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    balance: Any = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     named = [getattr(model, n, None) for n in ("num_experts", "num_experts_per_tok")]
     coefficient = getattr(model, "router_aux_loss_coef", None)
     known = balance is not None and coefficient is not None and None not in named
@@ -165,9 +166,9 @@ def head_parameters(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Te
     return hidden, weight, None if bias is None else bias.to(dtype)
 
 
-def _plain_head(head: nn.Module) -> tuple[nn.Linear, list[tuple[Any, Any, float, Any]]]:
-    """The linear layer under PEFT's wrappers, and (A, B, scaling, dropout) of active LoRAs on it."""
-    adapters: list[tuple[Any, Any, float, Any]] = []
+def _plain_head(head: Any) -> tuple[Any, list[LoRA]]:
+    """The linear layer under PEFT's wrappers, and the active LoRAs on it."""
+    adapters: list[LoRA] = []
     if hasattr(head, "modules_to_save"):  # PEFT's trained copy of the layer
         name = head.active_adapter
         name = name[0] if isinstance(name, (list, tuple)) else name
@@ -181,10 +182,10 @@ def _plain_head(head: nn.Module) -> tuple[nn.Linear, list[tuple[Any, Any, float,
     is_float = plain and head.weight.is_floating_point() and head.weight.ndim == 2
     want = "a linear layer with a floating-point weight, LoRA or modules_to_save on it at most"
     checks.require(is_float, "lm_head", want, type(head).__name__)
-    return head, adapters  # type: ignore[return-value]
+    return head, adapters
 
 
-def _active_loras(layer: Any) -> list[tuple[Any, Any, float, Any]]:
+def _active_loras(layer: Any) -> list[LoRA]:
     is_lora = hasattr(layer, "lora_A")
     checks.require(is_lora, "lm_head", "LoRA if it has an adapter", type(layer).__name__)
     if layer.merged and layer.disable_adapters:
@@ -213,7 +214,8 @@ def check_head(model: nn.Module) -> None:
         ValueError: they differ by more than rounding in the model's dtype.
     """
     inner = route_head(model)
-    device = inner.get_input_embeddings().weight.device
+    embedding: Any = inner.get_input_embeddings()
+    device = embedding.weight.device
     training = model.training
     model.eval()
     V = inner.config.get_text_config().vocab_size
