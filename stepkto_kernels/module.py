@@ -128,7 +128,7 @@ class StepKTOLoss(nn.Module):
         self._move(value, torch.ones_like(value, dtype=torch.bool))
 
     def observe_metrics(self, metrics: StepKTOMetrics) -> None:
-        """Move it towards the mean log-ratios of a step, whose micro-batches and ranks are added."""
+        """Move it towards the mean log-ratios of a step: of all its micro-batches and ranks."""
         self._move(*self._matched(metrics))
 
     def _matched(self, metrics: StepKTOMetrics) -> tuple[Tensor, Tensor]:
