@@ -183,12 +183,14 @@ def describe(found: Estimate) -> str:
     if found.links:
         tables.append(links_table(found))
     notes = [
-        f"Logits of the naive head, all tokens of the micro-batch: {found.naive_logits / GB:.3g} "
-        f"GB; here: {found.memory['logits of the head'] / GB:.3g} GB.",
+        "Logits of the naive head, all tokens of the micro-batch: "
+        f"{figure(found.naive_logits / GB)} GB; "
+        f"here: {figure(found.memory['logits of the head'] / GB)} GB.",
     ]
     if not found.fits:
         notes.append(
-            f"Does not fit: {found.bytes / GB:.4g} GB of {FILL * device.capacity / GB:.4g} GB. "
+            f"Does not fit: {figure(found.bytes / GB)} GB "
+            f"of {figure(FILL * device.capacity / GB)} GB. "
             "Try more GPUs, --tensor, --context or --lora-rank."
         )
     if job.samples:
@@ -199,28 +201,28 @@ def describe(found: Estimate) -> str:
 def times_table(found: Estimate) -> str:
     """Seconds a step by part, what takes none left out."""
     share = lambda seconds: f"{100 * seconds / found.seconds:.1f}"
-    tera = lambda flops: f"{flops / 1e12:.4g}" if flops else "-"
+    tera = lambda flops: figure(flops / 1e12) if flops else "-"
     rows = [
-        [part.name, f"{part.seconds:.3g}", share(part.seconds), tera(part.flops)]
+        [part.name, figure(part.seconds), share(part.seconds), tera(part.flops)]
         for part in found.parts
         if part.seconds
     ]
     flops = sum(part.flops for part in found.parts)
-    rows.append(["step", f"{found.seconds:.3g}", "100.0", tera(flops)])
+    rows.append(["step", figure(found.seconds), "100.0", tera(flops)])
     return markdown_table(["time of a GPU", "s", "%", "TFLOP"], rows)
 
 
 def memory_table(found: Estimate) -> str:
-    rows = [[name, f"{size / GB:.3g}"] for name, size in found.memory.items()]
-    rows.append(["all", f"{found.bytes / GB:.3g}"])
+    rows = [[name, figure(size / GB)] for name, size in found.memory.items()]
+    rows.append(["all", figure(found.bytes / GB)])
     return markdown_table(["memory of a GPU", "GB"], rows)
 
 
 def links_table(found: Estimate) -> str:
     """What a GPU sends in a step; times before any of it is hidden behind arithmetic."""
-    rows = [[link.name, f"{link.moved / GB:.3g}", f"{link.seconds:.3g}"] for link in found.links]
+    rows = [[link.name, figure(link.moved / GB), figure(link.seconds)] for link in found.links]
     exposed = found.of("communication")
-    rows.append(["of which the step waits for", "", f"{exposed:.3g}"])
+    rows.append(["of which the step waits for", "", figure(exposed)])
     return markdown_table(["links of a GPU", "GB sent", "s"], rows)
 
 
@@ -228,7 +230,12 @@ def _sampling(found: Estimate) -> str:
     if math.isinf(found.sampling):
         return "Sampling: the weights do not fit."
     solutions = found.job.samples * found.job.sequences
-    return f"Sampling {solutions} solutions before the step: {found.sampling:.3g} s."
+    return f"Sampling {solutions} solutions before the step: {figure(found.sampling)} s."
+
+
+def figure(value: float) -> str:
+    """Three digits, and no fewer than those before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _count(parameters: int) -> str:
