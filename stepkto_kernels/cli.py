@@ -14,6 +14,7 @@ from stepkto_kernels import __version__, available_backends, cuda
 from stepkto_kernels.bench import environment, plans, runner, scale
 from stepkto_kernels.bench.problems import DTYPES, Shape
 from stepkto_kernels.plan import MIB
+from stepkto_kernels.training import command
 from stepkto_kernels.training.report import markdown_table
 
 PROGRAM = "stepkto"
@@ -133,22 +134,30 @@ COMMANDS = {
         add_doctor_arguments,
         doctor,
     ),
+    "train": Command(command.DESCRIPTION, command.add_arguments, command.run),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 2 and one line on stderr for arguments that do not fit."""
+    """Run a command; 2 and one line on stderr for arguments that do not fit, 130 for Ctrl-C."""
     parser = Parser(prog=PROGRAM, description="Step-KTO losses on an lm_head.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.help, description=command.help)
-        command.add_arguments(sub)
-    args = parser.parse_args(argv)
+    for name, each in COMMANDS.items():
+        sub = commands.add_parser(name, help=each.help, description=each.help, allow_abbrev=False)
+        sub.set_defaults(takes_more=False)
+        each.add_arguments(sub)
+    args, more = parser.parse_known_args(argv)
+    if more and not args.takes_more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    args.more = more
     try:
         return COMMANDS[args.command].run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"{PROGRAM} {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM} {args.command}: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

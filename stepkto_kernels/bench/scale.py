@@ -162,9 +162,6 @@ def _device(args: argparse.Namespace) -> Device:
     return replace(device, **rates)
 
 
-# ---- what is printed --------------------------------------------------------------------------
-
-
 def describe(found: Estimate) -> str:
     """Times, memory and links of a step."""
     model, job, device = found.model, found.job, found.device

@@ -95,8 +95,8 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     head_fn = kwargs.pop("head_fn", None)
     if head_fn is None:
         return self._forward_before_routing(*args, **kwargs)
-    for name in ("labels", "logits_to_keep"):  # PEFT passes on None for what was not given
-        kwargs.pop(name, None)
+    for name in ("labels", "logits_to_keep", "return_dict", "use_cache"):
+        kwargs.pop(name, None)  # PEFT passes on None for what was not given
     experts = _aux_loss_function(self)
     if experts is not None:
         kwargs["output_router_logits"] = True

@@ -26,11 +26,15 @@ examples:
       --precompute-ref-log-probs
   accelerate launch -m stepkto_kernels.cli train --config run.yaml
 
-A line of the data: {"prompt": "2 + 3 * 4 = ?\\n", "completions": ["3 * 4 = 12\\n", "2 + 12 = 14\\n"],
-"labels": [true, true], "label": true}; `labels` are of the steps, `label` of the answer, null is
-unknown. Plain KTO rows ("prompt", "completion", "label") work too.
+A line of the data:
+  {"prompt": "2 + 3 * 4 = ?\\n", "completions": ["3 * 4 = 12\\n", "2 + 12 = 14\\n"],
+   "labels": [true, true], "label": true}
+`labels` are of the steps, `label` of the answer, null is unknown. Plain KTO rows ("prompt",
+"completion", "label") work too.
 """
-OWN = {  # flag -> what argparse is told; the keys of the YAML file are the same
+OWN: dict[
+    str, dict[str, Any]
+] = {  # flag -> what argparse is told; the keys of the YAML file are the same
     "model": {"help": "folder or hub name of the policy"},
     "data": {"help": "JSON-lines file with the training examples"},
     "output": {"help": "folder for checkpoints, the trained model and the metrics"},
@@ -44,28 +48,28 @@ OWN = {  # flag -> what argparse is told; the keys of the YAML file are the same
     },
     "resume": {"help": "a checkpoint folder, or `last` for the newest in --output"},
 }
-COMMON = (  # options of StepKTOArguments that --help shows
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "max_length",
-    "bf16",
-    "gradient_checkpointing",
-    "padding_free",
-    "beta",
-    "step_weight",
-    "step_reduction",
-    "desirable_weight",
-    "undesirable_weight",
-    "reference_point",
-    "precompute_ref_log_probs",
-    "memory_budget",
-    "logging_steps",
-    "save_steps",
-    "seed",
-)
+COMMON = {  # options of StepKTOArguments that --help shows
+    "learning_rate": "of AdamW, default 1e-6",
+    "per_device_train_batch_size": "sequences at once on a device, default 8",
+    "gradient_accumulation_steps": "micro-batches an optimizer step, default 1",
+    "num_train_epochs": "passes over the data, default 3",
+    "max_steps": "optimizer steps, instead of epochs",
+    "max_length": "most tokens of an example, default 2048; completions are cut to it",
+    "bf16": "matrix products in bf16",
+    "gradient_checkpointing": "less memory for activations, a third more time in the backbone",
+    "padding_free": "pack a batch into one row instead of padding it",
+    "beta": "slope of the outcome sigmoid a nat, default 0.1",
+    "step_weight": "weight of the steps' loss, default 1; 0 is plain KTO",
+    "step_reduction": "sequence_mean (default), mean or sum",
+    "desirable_weight": "weight of right answers, default 1",
+    "undesirable_weight": "weight of wrong answers, default 1",
+    "reference_point": "KL reference point: mismatched (default), zero, matched, ema, or nats",
+    "precompute_ref_log_probs": "run the reference model once, before training",
+    "memory_budget": "bytes for the logits that the loss holds at once",
+    "logging_steps": "optimizer steps a line of metrics, default 10 here",
+    "save_steps": "optimizer steps a checkpoint, default 500",
+    "seed": "of the data order and of new weights, default 42",
+}
 REQUIRED = ("model", "data", "output")
 Options = dict[str, Any]
 
@@ -75,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.usage = "%(prog)s --model MODEL --data FILE --output DIR [options]"
     parser.add_argument("--config", type=Path, help="YAML file with any of these options")
-    for name, told in OWN.items():
-        parser.add_argument(f"--{name}", metavar=name.upper().replace("-", "_"), **told)
+    for name, options in OWN.items():
+        parser.add_argument(f"--{name}", metavar=name.upper().replace("-", "_"), **options)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -85,33 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list-options", action="store_true", help="print every option and stop")
     parser.set_defaults(takes_more=True)
     group = parser.add_argument_group("options of the loss and of the training loop, among others")
-    for flag in (name.replace("_", "-") for name in COMMON):
-        # their types and defaults are StepKTOArguments', which is not imported for --help alone
-        group.add_argument(f"--{flag}", nargs="?", const="true", metavar="VALUE", help=HELP[flag])
+    for name, told in COMMON.items():
+        # as text: types and defaults are StepKTOArguments', which is not imported for --help alone
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, nargs="?", const="true", metavar="VALUE", help=told)
 
 
-HELP = {
-    "learning-rate": "of AdamW, default 1e-6",
-    "per-device-train-batch-size": "sequences at once on a device, default 8",
-    "gradient-accumulation-steps": "micro-batches an optimizer step, default 1",
-    "num-train-epochs": "passes over the data, default 3",
-    "max-steps": "optimizer steps, instead of epochs",
-    "max-length": "most tokens of an example, default 2048; completions are cut to it",
-    "bf16": "matrix products in bf16",
-    "gradient-checkpointing": "less memory for activations, a third more time in the backbone",
-    "padding-free": "pack a batch into one row instead of padding it",
-    "beta": "slope of the outcome sigmoid a nat, default 0.1",
-    "step-weight": "weight of the steps' loss, default 1; 0 is plain KTO",
-    "step-reduction": "sequence_mean (default), mean or sum",
-    "desirable-weight": "weight of right answers, default 1",
-    "undesirable-weight": "weight of wrong answers, default 1",
-    "reference-point": "KL reference point: mismatched (default), zero, matched, ema, or nats",
-    "precompute-ref-log-probs": "run the reference model once, before training",
-    "memory-budget": "bytes for the logits that the loss holds at once",
-    "logging-steps": "optimizer steps a line of metrics, default 10 here",
-    "save-steps": "optimizer steps a checkpoint, default 500",
-    "seed": "of the data order and of new weights, default 42",
-}
 DEFAULTS = {"logging_steps": 10, "report_to": "none"}  # where they differ from StepKTOArguments'
 
 
@@ -208,7 +191,8 @@ def parse(own: Options, options: Options) -> StepKTOArguments:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"{name}: want an option that stepkto train has{hint}")
         words += as_words(name, value)
-    (arguments,) = OptionParser(StepKTOArguments).parse_args_into_dataclasses(words)
+    kind: Any = StepKTOArguments
+    (arguments,) = OptionParser(kind).parse_args_into_dataclasses(words)
     return arguments
 
 
