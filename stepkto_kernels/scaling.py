@@ -36,8 +36,7 @@ KLS: tuple[KL, ...] = ("mismatched", "zero", "matched")
 REFERENCES: tuple[Reference, ...] = ("live", "cached", "cached-pairs")
 
 GB = 1e9
-# Of a link's data sheet that large collectives reach: nccl-tests and the peers' threads report 75
-# to 90 % on NVLink and on 400 Gb/s networks; an assumption until it is measured.
+# Of a link's data sheet that large collectives reach: an assumption until it is measured.
 LINK_RATE = 0.8
 # Of a device's memory that a step may fill: the rest is the allocator's and the collectives'.
 FILL = 0.92
