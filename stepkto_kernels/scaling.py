@@ -36,8 +36,7 @@ KLS: tuple[KL, ...] = ("mismatched", "zero", "matched")
 REFERENCES: tuple[Reference, ...] = ("live", "cached", "cached-pairs")
 
 GB = 1e9
-# Of a link's data sheet that large collectives reach: nccl-tests and the peers' threads report 75
-# to 90 % on NVLink and on 400 Gb/s networks; an assumption until it is measured.
+# Of a link's data sheet that large collectives reach: an assumption until it is measured.
 LINK_RATE = 0.8
 # Of a device's memory that a step may fill: the rest is the allocator's and the collectives'.
 FILL = 0.92
@@ -168,16 +167,19 @@ class Model:
         for name in ("num_local_experts", "num_experts", "n_routed_experts"):
             require(not config.get(name), name, "a dense model, without it", config.get(name))
         names = ("hidden_size", "vocab_size", "num_hidden_layers")
-        for name in names:
-            require(_is_size(config.get(name)), name, "a whole number > 0", config.get(name))
-        return cls.of(
-            *(config[name] for name in names),
-            intermediate=config.get("intermediate_size"),
-            heads=config.get("num_attention_heads"),
-            kv_heads=config.get("num_key_value_heads"),
-            head_size=config.get("head_dim"),
-            tied=config.get("tie_word_embeddings", False),
-        )
+        optional = {
+            "intermediate": "intermediate_size",
+            "heads": "num_attention_heads",
+            "kv_heads": "num_key_value_heads",
+            "head_size": "head_dim",
+        }
+        for name in (*names, *optional.values()):
+            value = config.get(name)
+            fits = _is_size(value) or (value is None and name not in names)
+            require(fits, name, "a whole number > 0", value)
+        given: dict[str, Any] = {ours: config.get(name) for ours, name in optional.items()}
+        tied = bool(config.get("tie_word_embeddings", False))
+        return cls.of(*(config[name] for name in names), **given, tied=tied)
 
     @property
     def head_parameters(self) -> int:
