@@ -1,7 +1,11 @@
 """TRL's trainers give on our head what they give on their own, and get theirs back."""
 
 import importlib
+import json
 import math
+import os
+import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -21,6 +25,7 @@ from trl.kernels import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
 OPS = importlib.import_module("stepkto_kernels.linear_logprobs")  # the function hides the module
+ROOT = pathlib.Path(__file__).parent.parent
 ROUNDING = torch.finfo(torch.float32).eps / 2
 H, STEPS, BATCH = 16, 3, 4
 LONGEST = 6  # tokens of a completion
@@ -568,3 +573,30 @@ def test_no_trl_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=r"^trl: want >= 1\.16, got none"):
         use_stepkto_head()
+
+
+# ---- the example -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+def test_example(tmp_path, model_dir, tokenizer, own_data):
+    command = [sys.executable, "examples/trl_kto.py", "--output", str(tmp_path / "out")]
+    if own_data:
+        tokenizer.save_pretrained(model_dir("llama"))
+        rows("kto").to_json(tmp_path / "rows.jsonl")
+        command += ["--model", str(model_dir("llama")), "--data", str(tmp_path / "rows.jsonl")]
+        command += ["--steps", "2", "--memory-budget", "100000"]
+    # one thread: threads of a tiny model only wait for each other
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logged = [
+        json.loads(line.replace("'", '"')) for line in done.stdout.split("\n") if "kl" in line
+    ]
+    assert len(logged) == (2 if own_data else 25)
+    if not own_data:
+        assert float(logged[-1]["rewards/margins"]) > 0.5  # it learns
+    trained = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    start = model_dir("llama") if own_data else tmp_path / "out/start"
+    before = transformers.AutoModelForCausalLM.from_pretrained(start)
+    assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
