@@ -1,1 +1,1 @@
-"""Where other libraries meet this one, a module each; importing them needs no such library."""
+"""The kernels inside other libraries."""
