@@ -70,6 +70,11 @@ def number(
     raise ValueError(f"{name}: want {want}, got {value!r}")
 
 
+def integer(name: str, value: Any, *, low: int) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    require(valid, name, f"an int >= {low}", repr(value))
+
+
 def instance(name: str, value: Any, cls: type) -> None:
     if not isinstance(value, cls):  # torch.compile cannot trace the repr of what fits
         raise ValueError(f"{name}: want a {cls.__name__}, got {value!r}")

@@ -81,9 +81,9 @@ def _plan(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-    stats: Sequence[str],
     memory_budget: int | None,
     split: VocabParallel | None,
+    through_entropy: bool = False,
 ) -> HeadPlan:
     return plan_head(
         hidden.shape[0],
@@ -92,7 +92,7 @@ def _plan(
         hidden.device.type,
         needs_hidden=needs_hidden,
         needs_weight=needs_weight or needs_bias,
-        needs_entropy="entropy" in stats,
+        needs_entropy=through_entropy,
         memory_budget=memory_budget,
     )
 
@@ -125,8 +125,7 @@ def _linear_logprobs(
     """
     names = tuple(stats.split())
     split = VocabParallel.unpack(vocab_parallel)
-    needs = needs_hidden, needs_weight, needs_bias
-    plan = _plan(hidden, weight, *needs, names, memory_budget, split)
+    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, memory_budget, split)
     head = make_head(hidden, weight, target, bias, LogitOptions.unpack(options), backend, split)
     scored = target != head.options.ignore_index
     head = head.keep(scored)
@@ -167,9 +166,8 @@ def _(  # type: ignore[no-untyped-def]
     needs_bias,
 ):
     names = stats.split()
-    needs = needs_hidden, needs_weight, needs_bias
     split = VocabParallel.unpack(vocab_parallel)
-    plan = _plan(hidden, weight, *needs, names, memory_budget, split)
+    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, memory_budget, split)
     N, H = hidden.shape
     row = lambda: hidden.new_empty(N, dtype=torch.float32)
     stacked = hidden.new_empty(len(names), N, dtype=torch.float32)
@@ -208,13 +206,15 @@ def _linear_logprobs_bwd(
     # Tokens without a gradient cost nothing. "Not at most", so that a NaN is not dropped.
     pulled = ~(dlogp.abs() <= gradient_bound) & (target != opts.ignore_index)
     dlogp = torch.where(pulled, dlogp, 0.0)
-    if dlogp_dhidden.numel():
+    # What frozen and cached keep says nothing of the entropy. Most only log it, so the forward pass
+    # does not reckon with its gradient; where that comes, all is recomputed.
+    through_entropy = dentropy is not None
+    if dlogp_dhidden.numel() and not through_entropy:
         dhidden = (dlogp[:, None] * dlogp_dhidden).to(hidden.dtype)
         return dhidden, weight.new_empty(0), weight.new_empty(0)
-    stats = [] if entropy is None else ["entropy"]
     split = VocabParallel.unpack(vocab_parallel)
     needs = needs_hidden, needs_weight, needs_bias
-    plan = _plan(hidden, weight, *needs, stats, memory_budget, split)
+    plan = _plan(hidden, weight, *needs, memory_budget, split, through_entropy)
     scored = target != opts.ignore_index
     if dentropy is not None:
         pulled |= (dentropy != 0) & scored
@@ -296,9 +296,8 @@ def _backward(ctx, dlogp, dstacked, *unused):  # type: ignore[no-untyped-def]
         dlogp = torch.zeros_like(logp)
     row = ctx.entropy_row
     dentropy = entropy = None
-    if row is not None:
-        entropy = stacked[row]
-        dentropy = torch.zeros_like(entropy) if dstacked is None else dstacked[row]
+    if row is not None and dstacked is not None:
+        entropy, dentropy = stacked[row], dstacked[row]
     grads = _linear_logprobs_bwd(
         dlogp, dentropy, entropy, hidden, weight, target, bias, logp, *kept, *ctx.call
     )
@@ -456,8 +455,8 @@ def linear_logprobs_with_stats(
 
     Args:
         stats: which of "entropy", "mean_logit", "is_top1", "log_sum_sq_prob"; only those are
-            computed. "entropy" with gradient needs p itself and so always runs in recompute mode;
-            call under torch.no_grad, or leave it out, where it is only logged.
+            computed. A backward pass through "entropy" recomputes, whatever was kept for it; one
+            that does not touch it costs what it does without.
         Others: as `linear_logprobs`.
     Returns:
         log-probs (...) fp32, and LogprobStats of (...) tensors.

@@ -100,8 +100,7 @@ class StepKTOLoss(nn.Module):
                     "no baseline for this batch: using the running mean of earlier ones",
                     stacklevel=4,  # the caller of the module, behind two frames of nn.Module
                 )
-            z = self.running.clamp(min=0)
-            baseline = KLBaseline(z[0], z[1])
+            baseline = self.running_baseline()
         loss, metrics = fused_linear_step_kto_loss(
             hidden,
             weight,
@@ -116,12 +115,25 @@ class StepKTOLoss(nn.Module):
         )
         update = update_running and self.training
         if update and kind == "ema":
-            self._move(*self._matched(metrics))
+            self.observe_metrics(metrics)
         elif update and kind == "mismatched" and given is not None:
-            values = [torch.as_tensor(z, dtype=torch.float64) for z in given]
-            value = torch.stack([z.to(self.running.device) for z in values])
-            self._move(value, torch.ones_like(value, dtype=torch.bool))
+            self.observe_baseline(given)
         return loss, metrics
+
+    def running_baseline(self) -> KLBaseline:
+        """The running value as reference points, which are never below 0."""
+        z = self.running.clamp(min=0)
+        return KLBaseline(z[0], z[1])
+
+    def observe_baseline(self, baseline: KLBaseline) -> None:
+        """Move the running value towards a step's reference points."""
+        values = [torch.as_tensor(z, dtype=torch.float64) for z in baseline]
+        value = torch.stack([z.to(self.running.device) for z in values])
+        self._move(value, torch.ones_like(value, dtype=torch.bool))
+
+    def observe_metrics(self, metrics: StepKTOMetrics) -> None:
+        """Move it towards the mean log-ratios of a step: of all its micro-batches and ranks."""
+        self._move(*self._matched(metrics))
 
     def _matched(self, metrics: StepKTOMetrics) -> tuple[Tensor, Tensor]:
         """Mean log-ratio of the batch's labelled segments, and whether there are any. (2,) each."""

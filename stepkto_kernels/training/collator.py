@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepkto_kernels import checks
+from stepkto_kernels.training.batch import mismatched_pairs, pad
 from stepkto_kernels.training.data import NO_STEP, UNLABELLED, EncodedExample
 
 
@@ -38,10 +39,10 @@ class StepKTOCollator:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        _check_int("pad_token_id", self.pad_token_id, low=0)
+        checks.integer("pad_token_id", self.pad_token_id, low=0)
         for name in ("pad_to_multiple_of", "max_length"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), low=1)
+                checks.integer(name, getattr(self, name), low=1)
 
     def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
         """Collate a batch of at least one example.
@@ -67,36 +68,17 @@ class StepKTOCollator:
                 is_encoded, f"examples[{index}]", "an EncodedExample", type(example).__name__
             )
         most_steps = max(len(example.step_labels) for example in examples)
-        step_labels = [_padded(example.step_labels, most_steps, UNLABELLED) for example in examples]
+        step_labels = [pad(example.step_labels, most_steps, UNLABELLED) for example in examples]
         batch = self._token_tensors(examples)
         batch["outcome_label"] = torch.tensor(
             [example.outcome_label for example in examples], dtype=torch.int8
         )
         batch["step_labels"] = torch.tensor(step_labels, dtype=torch.int8)
         if len(examples) > 1:
-            others = [*examples[1:], examples[0]]
-            pairs = [self._mismatch(a, b) for a, b in zip(examples, others, strict=True)]
+            pairs = mismatched_pairs(examples, max_length=self.max_length)
             for name, tensor in self._token_tensors(pairs).items():
                 batch[f"mismatched_{name}"] = tensor
         return batch
-
-    def _mismatch(self, prompt: EncodedExample, completion: EncodedExample) -> EncodedExample:
-        """The tokens of one example's prompt, then those of another's completion."""
-        start = prompt.completion_start
-        fits = self.max_length is None or start < self.max_length
-        checks.require(fits, "max_length", f"more than a prompt's {start} tokens", self.max_length)
-        input_ids = prompt.input_ids[:start] + completion.input_ids[completion.completion_start :]
-        step_ids = [NO_STEP] * start + completion.step_ids[completion.completion_start :]
-        cut_steps = set(step_ids[self.max_length :]) if self.max_length is not None else set()
-        return EncodedExample(
-            input_ids=input_ids[: self.max_length],
-            completion_start=start,
-            step_ids=[
-                NO_STEP if step in cut_steps else step for step in step_ids[: self.max_length]
-            ],
-            outcome_label=completion.outcome_label,
-            step_labels=completion.step_labels,
-        )
 
     def _token_tensors(self, examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
         length = max(len(example.input_ids) for example in examples)
@@ -105,20 +87,11 @@ class StepKTOCollator:
         position = torch.arange(length)  # (T,)
         start = torch.tensor([[example.completion_start] for example in examples])  # (B, 1)
         end = torch.tensor([[len(example.input_ids)] for example in examples])  # (B, 1)
-        input_ids = [_padded(example.input_ids, length, self.pad_token_id) for example in examples]
-        step_ids = [_padded(example.step_ids, length, NO_STEP) for example in examples]
+        input_ids = [pad(example.input_ids, length, self.pad_token_id) for example in examples]
+        step_ids = [pad(example.step_ids, length, NO_STEP) for example in examples]
         return {
             "input_ids": torch.tensor(input_ids, dtype=torch.int64),
             "attention_mask": (position < end).long(),
             "completion_mask": (start <= position) & (position < end),
             "step_ids": torch.tensor(step_ids, dtype=torch.int64),
         }
-
-
-def _padded(values: list[int], length: int, value: int) -> list[int]:
-    return values + [value] * (length - len(values))
-
-
-def _check_int(name: str, value: object, low: int) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    checks.require(valid, name, f"an int >= {low}", repr(value))

@@ -284,6 +284,8 @@ class EncodedExample:
             tokens and an EOS that ends the sequence are in no step.
         outcome_label: 1 right, 0 wrong, -1 unlabelled.
         step_labels: the same for each of the K steps.
+        ref_logps: log-prob of each completion token under the reference model, nats; None where
+            they are not known.
     Raises:
         ValueError: the fields do not fit together.
     """
@@ -293,6 +295,7 @@ class EncodedExample:
     step_ids: list[int]
     outcome_label: int
     step_labels: list[int]
+    ref_logps: list[float] | None = None
 
     def __post_init__(self) -> None:
         length, steps = len(self.input_ids), len(self.step_labels)
@@ -309,6 +312,9 @@ class EncodedExample:
             raise _bad("outcome_label", "1, 0 or -1", self.outcome_label)
         if any(label not in codes for label in self.step_labels):
             raise _bad("step_labels", "1, 0 or -1 for each step", self.step_labels)
+        completion = length - self.completion_start
+        if self.ref_logps is not None and len(self.ref_logps) != completion:
+            raise _bad("ref_logps", f"{completion} numbers or None", self.ref_logps)
 
 
 def encode_example(

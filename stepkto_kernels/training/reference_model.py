@@ -1,0 +1,132 @@
+"""What the policy is compared with: another model, a switched-off adapter, or cached log-probs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepkto_kernels.integrations.transformers import causal_lm, logit_options, route_head
+from stepkto_kernels.training import head_calls, reference_logps
+from stepkto_kernels.training.arguments import StepKTOArguments
+from stepkto_kernels.training.batch import TrainerCollator
+from stepkto_kernels.training.dataset import StepKTODataset
+
+
+class ReferenceModel:
+    """The frozen reference of a training run.
+
+    Args:
+        policy: the model that is trained, unwrapped and as it starts.
+        model: the reference; None takes a copy of the policy, or the policy itself where PEFT can
+            switch off its adapters.
+        args: of the run.
+        accelerator: accelerate's.
+        mismatched: whether training scores mismatched pairs, which are in no dataset and so need
+            the model itself even where log-probs are cached.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        model: nn.Module | None,
+        args: StepKTOArguments,
+        accelerator: Any,
+        *,
+        mismatched: bool,
+    ):
+        self.policy, self.model = policy, model
+        self.args, self.accelerator = args, accelerator
+        self.is_adapter = model is None and hasattr(policy, "disable_adapter")
+        self.needed = mismatched or not args.precompute_ref_log_probs
+        self._ready = False
+
+    def prepare(
+        self,
+        datasets: Mapping[str, StepKTODataset],
+        collate: TrainerCollator,
+        to_device: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> None:
+        """Freeze and place the model, and precompute log-probs where that is asked for; once.
+
+        datasets: get their log-probs, those with them already keep them.
+        """
+        if self._ready:
+            return
+        sharded = self.accelerator.distributed_type.name == "FSDP"
+        if self.model is None and not self.is_adapter and (self.needed or sharded):
+            self.model = copy.deepcopy(self.policy)
+        todo = {}
+        if self.args.precompute_ref_log_probs:
+            source = self.policy if self.model is None else self.model
+            precision = f"{self.args.mixed_precision} {logit_options(causal_lm(source).config)}"
+            for name, dataset in datasets.items():
+                if dataset.ref_logps is None:  # the key, before weights are sharded
+                    todo[name] = reference_logps.cache_key(source, dataset, precision)
+        if self.model is not None:
+            self.model = self._placed(self.model)
+        for name, key in todo.items():
+            datasets[name].ref_logps = self._precomputed(datasets[name], key, collate, to_device)
+        if not self.needed:
+            self.model = None
+        self._ready = True
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        route_head(model)
+        model.requires_grad_(False).eval()
+        if self.accelerator.distributed_type.name == "FSDP":
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            return fsdp2_prepare_model(self.accelerator, model)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _precomputed(
+        self,
+        dataset: StepKTODataset,
+        key: str,
+        collate: TrainerCollator,
+        to_device: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> Tensor:
+        args = self.args
+        path = reference_logps.cache_path(args.ref_logps_cache or args.output_dir or ".", key)
+        found = reference_logps.load(path, key, dataset.completion_tokens)
+        # a rank may not see the others' disk, and all have to do the same
+        have = torch.tensor(float(found is not None), device=args.device)
+        if float(self.accelerator.reduce(have, "sum")) == args.world_size:
+            assert found is not None
+            return found
+        training = self.policy.training
+        self.policy.eval()
+        logps = reference_logps.compute(
+            dataset,
+            collate,
+            lambda batch: self.log_probs(self.policy, to_device(batch)),
+            args.eval_batch_size,
+            args.process_index,
+            args.world_size,
+        )
+        self.policy.train(training)
+        logps = self.accelerator.reduce(logps.to(args.device), "sum").cpu()
+        if args.should_save:
+            reference_logps.save(path, key, logps)
+        return logps
+
+    def log_probs(self, policy: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Of the batch's targets, nats, in their shape, fp32: cached ones, or from the model.
+
+        policy: the policy with whatever wraps it, which serves where an adapter is switched off.
+        """
+        if "ref_logps" in batch:
+            return batch["ref_logps"]
+        model = policy if self.model is None else self.model
+        switched_off: Any = contextlib.nullcontext()
+        if self.is_adapter:
+            adapted: Any = self.policy
+            switched_off = adapted.disable_adapter()
+        options = logit_options(causal_lm(self.policy if self.model is None else self.model).config)
+        with switched_off:
+            return head_calls.token_logps(model, batch, options | {"backend": self.args.backend})

@@ -1,0 +1,410 @@
+"""StepKTOTrainer: transformers' Trainer with the Step-KTO loss (arXiv 2501.10799).
+
+What an optimizer step needs is known before its first gradient: `get_batch_samples` gets all of its
+micro-batches, and from them come the global normalizers and the reference points. Then the gradient
+does not depend on how the step is cut into micro-batches and ranks. The head runs inside the
+model's own forward pass (integrations/transformers.py), so that DistributedDataParallel and FSDP
+see it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from stepkto_kernels import checks
+from stepkto_kernels.integrations.transformers import (
+    causal_lm,
+    check_head,
+    logit_options,
+    route_head,
+)
+from stepkto_kernels.metrics import StepKTOMetrics
+from stepkto_kernels.module import StepKTOLoss
+from stepkto_kernels.step_kto import KLBaseline, LossNormalizer, loss_normalizer
+from stepkto_kernels.training import head_calls
+from stepkto_kernels.training.arguments import StepKTOArguments
+from stepkto_kernels.training.batch import TrainerCollator, mismatched_pairs
+from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset
+from stepkto_kernels.training.kl import kl_baseline_of, kl_totals
+from stepkto_kernels.training.models import add_adapter, disable_dropout, load_model
+from stepkto_kernels.training.reference_model import ReferenceModel
+
+STATE_FILE = "step_kto.pt"  # in a checkpoint: the running reference points
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What all micro-batches of an optimizer step, on all ranks, have in common.
+
+    baseline: reference points; None where the config fixes them, or takes them from a batch that is
+    the whole step. normalizer: divisors of the loss; None: the batch's own counts.
+    """
+
+    baseline: KLBaseline | None
+    normalizer: LossNormalizer | None
+    micro_batches: int = 1
+
+
+def encode(source: Any, tokenizer: PreTrainedTokenizerBase, args: StepKTOArguments) -> Any:
+    """A dataset, a dict of them, or None, tokenized as the arguments say."""
+    if source is None:
+        return None
+    if isinstance(source, dict):
+        return {name: encode(rows, tokenizer, args) for name, rows in source.items()}
+    return encode_dataset(
+        source,
+        tokenizer,
+        max_length=args.max_length,
+        step_separator=args.step_separator,
+        add_eos=args.add_eos,
+    )
+
+
+def collator(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, args: StepKTOArguments
+) -> TrainerCollator:
+    pad = tokenizer.pad_token_id
+    varlen = str(config._attn_implementation).startswith("flash_attention")
+    return TrainerCollator(
+        tokenizer.eos_token_id if pad is None else pad,
+        padding_free=args.padding_free,
+        varlen=args.padding_free and varlen,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+    )
+
+
+class StepKTOTrainer(Trainer):
+    """Train a causal language model on stepwise and outcome labels.
+
+    Args:
+        model: a PreTrainedModel with an lm_head, a PEFT model of one, or a name or folder for
+            from_pretrained.
+        ref_model: the frozen reference; None takes the policy as it starts, or with PEFT the model
+            with its adapters switched off (pass one if the adapters were trained before).
+        args: StepKTOArguments; None takes their defaults.
+        train_dataset, eval_dataset: a JSON-lines file or rows (a list, a datasets.Dataset) in the
+            format of training/data.py: steps and labels, plain KTO rows, or TRL's unpaired
+            conversational rows. A dict of datasets is evaluated one by one.
+        processing_class: a fast tokenizer; None loads the model's.
+        callbacks, optimizers: as Trainer.
+        peft_config: wraps the model in a new PEFT adapter.
+    Raises:
+        ValueError: a model, dataset or option that does not fit; a model whose log-probs are not
+            those of its lm_head and config.
+    """
+
+    _tag_names = ["step-kto"]
+    args: StepKTOArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str,
+        ref_model: PreTrainedModel | nn.Module | str | None = None,
+        args: StepKTOArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ):
+        if args is None:
+            args = StepKTOArguments(output_dir="step_kto_output")
+        checks.instance("args", args, StepKTOArguments)
+        want = "one GPU in each process: use accelerate launch, or CUDA_VISIBLE_DEVICES"
+        checks.require(args.n_gpu <= 1, "args", want, f"{args.n_gpu} GPUs in this one")
+        policy = load_model(model, args)
+        reference = None if ref_model is None else load_model(ref_model, args)
+        if peft_config is not None:
+            policy = add_adapter(policy, peft_config)
+        if args.disable_dropout:
+            for each in filter(None, (policy, reference)):
+                disable_dropout(each)
+        config = causal_lm(policy).config
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(config._name_or_path)
+        encoded = functools.partial(encode, tokenizer=processing_class, args=args)
+        self.collate = collator(processing_class, config, args)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=self.collate,
+            train_dataset=encoded(train_dataset),
+            eval_dataset=encoded(eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # the loss is divided by what all micro-batches of a step have, not again by their number
+        self.loss_is_scaled_for_ga = True
+        self._refuse_what_is_not_supported()
+        route_head(policy)
+        if self.place_model_on_device:  # else there may be no weights here yet
+            check_head(policy)
+        self.loss_fn = StepKTOLoss(
+            args.step_kto_config(),
+            memory_budget=args.memory_budget,
+            backend=args.backend,
+            **logit_options(config),  # type: ignore[arg-type]
+        ).to(args.device)
+        self.reference = ReferenceModel(
+            policy, reference, args, self.accelerator, mismatched=self._is_mismatched
+        )
+        self._context = StepContext(None, None)
+        self._totals: dict[str, StepKTOMetrics | None] = {"train": None, "eval": None, "step": None}
+        self._warned = False
+
+    def _refuse_what_is_not_supported(self) -> None:
+        want = "FSDP version 2 or data parallelism"
+        checks.require(not self.is_deepspeed_enabled, "args.deepspeed", want, "DeepSpeed")
+        if self.is_fsdp_enabled:
+            version = self.accelerator.state.fsdp_plugin.fsdp_version
+            checks.require(version == 2, "fsdp_version", want, version)
+        layout = getattr(self.accelerator, "parallelism_config", None)
+        cut = layout is not None and (layout.cp_enabled or layout.sp_enabled)
+        checks.require(not cut, "parallelism_config", "whole sequences on a rank", layout)
+
+    @property
+    def _is_mismatched(self) -> bool:
+        config = self.loss_fn.config
+        return config.fixed_reference_point is None and config.reference_point == "mismatched"
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.train; the policy as it is now is the reference, if there is no other."""
+        self._prepare_reference()
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer.evaluate; see `train`."""
+        self._prepare_reference()
+        return super().evaluate(*args, **kwargs)
+
+    def _prepare_reference(self) -> None:
+        evaluated = self.eval_dataset
+        named = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
+        named = {f"eval {name}": dataset for name, dataset in named.items()}
+        named = {"train": self.train_dataset} | named
+        datasets = {k: v for k, v in named.items() if isinstance(v, StepKTODataset)}
+        self.reference.prepare(datasets, self.collate, self._to_device)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        move = lambda value: value.to(self.args.device) if hasattr(value, "to") else value
+        return {name: move(value) for name, value in batch.items()}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """The micro-batches of an optimizer step; works out what they have in common."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._context = self._step_context(self.model_wrapped, batches)
+        return batches, items
+
+    @torch.no_grad()
+    def _step_context(self, model: nn.Module, batches: Sequence[Batch]) -> StepContext:
+        config = self.loss_fn.config
+        self._observe_last_step()
+        found: list[Any] = [loss_normalizer(batch["segments"], config) for batch in batches]
+        counts = [torch.stack(tuple(normalizer)) for normalizer in found]
+        normalizer = LossNormalizer(*self._sum_over_ranks(torch.stack(counts).sum(0)))
+        baseline = None
+        if self._is_mismatched:
+            pairs = self._mismatched_pairs(batches)
+            baseline = self._baseline(model, pairs) if pairs else self._running_baseline()
+            if pairs:
+                self.loss_fn.observe_baseline(baseline)
+        elif config.reference_point == "matched" and (len(batches) > 1 or self.args.world_size > 1):
+            baseline = self._baseline(model, batches)
+        elif config.reference_point == "ema":
+            baseline = self.loss_fn.running_baseline()
+        return StepContext(baseline, normalizer, len(batches))
+
+    def _mismatched_pairs(self, batches: Sequence[Batch]) -> list[Batch]:
+        """KTO's pairs: in one ring through all micro-batches of all ranks."""
+        examples = [example for batch in batches for example in batch["examples"]]
+        after = None
+        if self.args.world_size > 1:
+            firsts: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(firsts, examples[0])
+            after = firsts[(self.args.process_index + 1) % self.args.world_size]
+        pairs = mismatched_pairs(examples, after, self.args.max_length)
+        size = max(len(batch["examples"]) for batch in batches)
+        pieces = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+        return [self._to_device(self.collate(piece)) for piece in pieces]
+
+    def _baseline(self, model: nn.Module, batches: Sequence[Batch]) -> KLBaseline:
+        """Mean log-ratios of batches on all ranks, of sequences and of steps, at least 0."""
+        totals = torch.stack([self._kl_totals(model, batch) for batch in batches]).sum(0)
+        return kl_baseline_of(self._sum_over_ranks(totals))
+
+    def _kl_totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        ref_logps = self.reference.log_probs(model, batch)
+        logps = head_calls.token_logps(model, batch, self._logit_options)
+        return kl_totals(logps, ref_logps, batch["segments"], self.loss_fn.config)
+
+    def _running_baseline(self) -> KLBaseline:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a step of one sequence has no mismatched pair: using the running mean of the "
+                "reference points of earlier steps",
+                stacklevel=2,
+            )
+        return self.loss_fn.running_baseline()
+
+    def _observe_last_step(self) -> None:
+        """Move "ema" reference points; the last step's metrics are complete only now."""
+        totals, self._totals["step"] = self._totals["step"], None
+        if totals is not None and self.loss_fn.config.reference_point == "ema":
+            self.loss_fn.observe_metrics(StepKTOMetrics(self._sum_over_ranks(totals.totals)))
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return value.to(self.args.device)
+        return self.accelerator.reduce(value.to(self.args.device, copy=True), "sum")
+
+    @property
+    def _logit_options(self) -> dict[str, Any]:
+        names = ("logit_scale", "softcap", "backend")
+        return {name: self.loss_fn.options[name] for name in names}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """A micro-batch's share of the step's loss, which the ranks' mean of gradients turns into
+        the gradient of the whole step."""
+        loss, metrics = self._loss(model, inputs, self._context)
+        for kind in ("train", "step"):
+            self._add_metrics(kind, metrics)
+        return (loss, metrics) if return_outputs else loss
+
+    def _loss(
+        self, model: nn.Module, batch: Batch, context: StepContext
+    ) -> tuple[Tensor, StepKTOMetrics]:
+        ref_logps = self.reference.log_probs(model, batch)
+
+        def head_fn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            return self.loss_fn(
+                hidden,
+                weight,
+                batch["target"],
+                batch["segments"],
+                ref_logps,
+                context.baseline,
+                bias,
+                context.normalizer,
+                update_running=False,  # once a step, and with all ranks' values
+            )
+
+        output = head_calls.run(model, batch, head_fn)
+        loss, metrics = output.value
+        if model.training:  # the ranks' gradients will be averaged
+            loss = loss * self.args.world_size
+        if output.aux_loss is not None:
+            loss = loss + output.aux_loss / context.micro_batches
+        return loss, metrics
+
+    def _add_metrics(self, kind: str, metrics: StepKTOMetrics) -> None:
+        before = self._totals[kind]
+        self._totals[kind] = metrics if before is None else before + metrics
+
+    def _take_metrics(self, kind: str) -> dict[str, float]:
+        """Means since the last call, over all ranks: one reduction and one wait for the device."""
+        metrics, self._totals[kind] = self._totals[kind], None
+        if metrics is None:
+            return {}
+        return StepKTOMetrics(self._sum_over_ranks(metrics.totals)).compute()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer.log, with the loss's metrics.
+
+        Raises:
+            FloatingPointError: loss or gradient norm is not finite. A gradient norm may be with
+                fp16, whose scaler skips such steps.
+        """
+        if "loss" in logs:
+            metrics = self._take_metrics("train")
+            metrics.pop("loss", None)
+            logs.update(metrics)
+            watched = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
+            for name in watched:
+                if not math.isfinite(logs.get(name, 0.0)):
+                    step = self.state.global_step
+                    raise FloatingPointError(f"step {step}: {name} is {logs[name]}; see {logs}")
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of one batch by itself; there are no predictions, as there are no logits."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(inputs)
+            baseline = None
+            if self._is_mismatched:
+                pairs = mismatched_pairs(inputs["examples"], max_length=self.args.max_length)
+                if pairs:
+                    batch = self._to_device(self.collate(pairs))
+                    baseline = kl_baseline_of(self._kl_totals(model, batch))
+                else:
+                    baseline = self._running_baseline()
+            elif self.loss_fn.config.reference_point == "ema":
+                baseline = self.loss_fn.running_baseline()
+            loss, metrics = self._loss(model, inputs, StepContext(baseline, None))
+        self._add_metrics("eval", metrics)
+        return loss.detach(), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As Trainer's, with the loss's metrics; the loss is that of all examples as one batch."""
+        self._totals["eval"] = None
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        found = self._take_metrics("eval")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._observe_last_step()
+        if self.args.should_save:
+            torch.save(self.loss_fn.state_dict(), os.path.join(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = os.path.join(checkpoint, STATE_FILE)
+            self.loss_fn.load_state_dict(torch.load(path, weights_only=True))
