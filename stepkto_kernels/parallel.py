@@ -233,6 +233,8 @@ def _own(group: ProcessGroup, counts: Sequence[int]) -> slice:
 
 def _gather(x: Tensor, group: ProcessGroup, counts: Sequence[int]) -> Tensor:
     everyone = shards.all_gather(_pad(x, max(counts)), group)
+    if min(counts) == max(counts):
+        return everyone.flatten(0, 1)
     return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
 
 

@@ -55,6 +55,17 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
+def stack_padded(pieces: Sequence[Tensor], whole: Tensor) -> Tensor:
+    """Pieces that `whole` (N, ...) falls into, as (P, longest, ...); a view where all are alike."""
+    lengths = {len(piece) for piece in pieces}
+    if len(lengths) == 1:
+        return whole.unflatten(0, (len(pieces), *lengths))
+    parts = whole.new_zeros(len(pieces), max(lengths), *whole.shape[1:])
+    for part, piece in zip(parts, pieces, strict=True):
+        part[: len(piece)] = piece
+    return parts
+
+
 def exchange(values: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> Tensor:
     """A few int64 numbers of each rank, (P, K) on the CPU.
 
@@ -125,16 +136,14 @@ class VocabParallel:
         """x (N, ...) of all ranks added up, in place and in its dtype; see `counts`."""
         if not x.numel():
             return x
+        if not x.is_contiguous():  # collectives take memory as it lies
+            return x.copy_(self.sum_(x.contiguous()))
         if not self.counts:
             dist.all_reduce(x, group=self.group)
             return x
-        longest = max(self.counts)
-        parts = x.new_zeros(len(self.counts), longest, *x.shape[1:])
         pieces = x.split(self.counts)
-        for part, piece in zip(parts, pieces, strict=True):
-            part[: len(piece)] = piece
         own = pieces[self.rank]
-        own.copy_(reduce_scatter(parts, self.group)[: len(own)])
+        own.copy_(reduce_scatter(stack_padded(pieces, x), self.group)[: len(own)])
         return x
 
     def merge(

@@ -219,6 +219,13 @@ def test_token_numbers(check, head_problem, N, ignored):
         check(head_problem(N=N, V=V, ignored=ignored), mode, "auto")
 
 
+@pytest.mark.parametrize("mode", ["frozen", "cached", "recompute"])
+def test_any_strides_of_hidden(check, head_problem, mode):
+    """A gradient inherits them, and a collective takes memory as it lies."""
+    problem = head_problem(V=V, ignored="none")
+    check(replace(problem, hidden=problem.hidden.T.contiguous().T), mode, "auto")
+
+
 @pytest.mark.parametrize("name", ["torch", "native"])
 def test_a_shard_of_masked_columns(check, ranks, head_problem, name):
     """Padding of the vocabulary, bias -inf, that fills the last shards: no mass, no NaN."""
@@ -794,12 +801,15 @@ def run_sequence_parallel(rank, group, problem, sizes, counts, trained):
     return {**results, "dweight": weight.grad} if trained else results
 
 
+@pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_tokens_cut_over_the_ranks_of_a_sharded_head(
-    ranks, head_problem, evaluate, assert_head_within_bound, trained
+    ranks, head_problem, evaluate, assert_head_within_bound, trained, even
 ):
     problem = head_problem(V=V)
     counts = {2: (25, 15), 4: (11, 0, 20, 9)}[ranks.world]
+    if even:
+        counts = (40 // ranks.world,) * ranks.world
     results = ranks(run_sequence_parallel, problem, SIZES[ranks.world], counts, trained)
     needs = ("hidden", "weight") if trained else ("hidden",)
     assert_head_within_bound(joined(results), problem, needs)
