@@ -7,8 +7,9 @@ A row is one JSON object on a line of a file, or one row of a datasets.Dataset:
 
 `prompt` is a string or a list of {"role", "content"} messages; `labels` has true, false or null for
 each of the steps in `completions`; `label` is the outcome, true, false or null. A KTO row, with a
-string `completion` in place of `completions` and `labels`, is one text without steps. Fields that
-are null count as absent (`label` excepted) and other fields are ignored.
+`completion` in place of `completions` and `labels`, is one text without steps: a string, or as in
+TRL's conversational rows a list of one assistant message. Fields that are null count as absent
+(`label` excepted) and other fields are ignored.
 """
 
 from __future__ import annotations
@@ -103,11 +104,11 @@ def _check_label_count(labels: Sequence[Any], completions: Sequence[Any]) -> Non
         raise ValueError(f"labels: want one label for each of {wanted} completions, got {got}")
 
 
-def _check_messages(prompt: object) -> None:
+def _check_messages(prompt: object, name: str = "prompt") -> None:
     if not isinstance(prompt, tuple) or not prompt:
-        raise _bad("prompt", "a string or a sequence of at least one message", prompt)
+        raise _bad(name, "a string or a sequence of at least one message", prompt)
     for index, message in enumerate(prompt):
-        field = f"prompt[{index}]"
+        field = f"{name}[{index}]"
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise _bad(field, "a message with the keys role and content", message)
         _check_text(f"{field}.role", message["role"])
@@ -139,12 +140,24 @@ def _parse_fields(row: object) -> StepKTOExample:
         for field in ("completions", "labels"):
             if row.get(field) is not None:
                 raise _bad(field, "no such field beside completion", row[field])
-        _check_text("completion", row["completion"])
-        return StepKTOExample(prompt, (row["completion"],), (), row["label"])
+        completion = _completion_text(row["completion"])
+        return StepKTOExample(prompt, (completion,), (), row["label"])
     completions, labels = _list_field(row, "completions"), _list_field(row, "labels")
     # An example without any labels is a KTO example; a row with its labels missing is a mistake.
     _check_label_count(labels, completions)
     return StepKTOExample(prompt, completions, labels, row["label"])
+
+
+def _completion_text(completion: Any) -> str:
+    """The text of a KTO row's completion: a string, or the one message of an assistant (TRL)."""
+    if isinstance(completion, (list, tuple)):
+        _check_messages(_parse_prompt(completion), "completion")
+        want = "one message with role assistant"
+        if len(completion) != 1 or completion[0]["role"] != "assistant":
+            raise _bad("completion", want, completion)
+        completion = completion[0]["content"]
+    _check_text("completion", completion)
+    return completion
 
 
 def _field(row: Mapping[str, Any], field: str, want: str) -> Any:
