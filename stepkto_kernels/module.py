@@ -14,7 +14,7 @@ from stepkto_kernels.config import LogitOptions, StepKTOConfig
 from stepkto_kernels.fused_step_kto import fused_linear_step_kto_loss
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.segments import StepSegments
-from stepkto_kernels.step_kto import KLBaseline, LossNormalizer
+from stepkto_kernels.step_kto import KLBaseline, LossNormalizer, as_scalar
 
 
 class StepKTOLoss(nn.Module):
@@ -114,8 +114,8 @@ class StepKTOLoss(nn.Module):
         if update and kind == "ema":
             self._move(*self._matched(metrics))
         elif update and kind == "mismatched" and given is not None:
-            values = [torch.as_tensor(z, dtype=torch.float64) for z in given]
-            value = torch.stack([z.to(self.running.device) for z in values])
+            device = self.running.device
+            value = torch.stack([as_scalar("baseline", z, device) for z in given])
             self._move(value, torch.ones_like(value, dtype=torch.bool))
         return loss, metrics
 
