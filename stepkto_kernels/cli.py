@@ -11,8 +11,9 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from stepkto_kernels import __version__, available_backends, cuda
-from stepkto_kernels.bench import environment, plans, runner, scale
+from stepkto_kernels.bench import environment, plans, runner, scale, tune
 from stepkto_kernels.bench.problems import DTYPES, Shape
+from stepkto_kernels.kernels import tiles
 from stepkto_kernels.plan import MIB
 from stepkto_kernels.training import command
 from stepkto_kernels.training.report import markdown_table
@@ -82,6 +83,7 @@ def doctor(args: argparse.Namespace) -> int:
         print("cuda: none")
     print()
     states = [*available_backends().items(), ("CUDA segment kernels", cuda.WHY_NOT or "built")]
+    states.append(("Triton tile shapes", tiles.state()))
     print(markdown_table(["backend", "state"], states), end="")
     return 0
 
@@ -129,6 +131,7 @@ def plan_table(shape: Shape, dtype: str, budget: int) -> str:
 
 COMMANDS = {
     "bench": Command(runner.DESCRIPTION, runner.add_arguments, runner.run),
+    "tune": Command(tune.DESCRIPTION, tune.add_arguments, tune.run),
     "doctor": Command(
         "Show versions, devices and backends; with --plan, how a head or a step would run.",
         add_doctor_arguments,

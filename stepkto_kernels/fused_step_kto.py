@@ -34,8 +34,7 @@ from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.ops import custom_op
 from stepkto_kernels.plan import fused_rows
 from stepkto_kernels.rows import RowGradient
-from stepkto_kernels.segment_loss import SegmentIndex
-from stepkto_kernels.segments import StepSegments
+from stepkto_kernels.segments import SegmentIndex, StepSegments, TokenLayout
 from stepkto_kernels.shards import HeadGroup, VocabParallel
 from stepkto_kernels.step_kto import (
     KLBaseline,
@@ -64,14 +63,16 @@ def pack_sequences(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def token_blocks(sequence_index: Tensor, capacity: int) -> list[Tensor]:
-    """Positions of the tokens of each block, whole sequences together. Waits for a GPU once."""
-    order = sequence_index.sort(stable=True).indices
-    lengths = torch.unique_consecutive(sequence_index[order], return_counts=True)[1].tolist()
+def token_blocks(layout: TokenLayout, capacity: int) -> list[Tensor]:
+    """Positions of the tokens of each block, whole sequences together.
+
+    Waits for a GPU where the lengths are on it.
+    """
+    lengths = [n for n in layout.lengths.tolist() if n]
     blocks, start = [], 0
     for first, last in pack_sequences(lengths, capacity):
         stop = start + sum(lengths[first:last])
-        blocks.append(order[start:stop])
+        blocks.append(layout.order[start:stop])
         start = stop
     return blocks
 
@@ -100,6 +101,8 @@ def _fused_step_kto(
     bias: Tensor | None,
     ref_logps: Tensor,
     index: list[Tensor],
+    order: Tensor | None,
+    lengths: Tensor | None,
     z_o: Tensor,
     z_s: Tensor,
     n_o: Tensor,
@@ -114,18 +117,24 @@ def _fused_step_kto(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), metric totals, and d loss / d hidden, weight, bias, empty where not needed."""
+    """loss (), metric totals, and d loss / d hidden, weight, bias, empty where not needed.
+
+    order, lengths: a TokenLayout, lengths as a CPU tensor: as numbers they would make torch.compile
+    compile for every batch anew.
+    """
     idx = SegmentIndex(*index)
     V, H = weight.shape
     device = hidden.device
+    on_cpu = device.type == "cpu"
     split = VocabParallel.unpack(vocab_parallel)
     logit = LogitOptions.unpack(logit_options)
     head = make_head(hidden, weight, target, bias, logit, backend, split)
-    # Only tokens in a labelled segment can change the loss; the others need no logits.
-    kept = idx.scored_tokens().nonzero()[:, 0]
+    if order is None or lengths is None:
+        order, lengths = TokenLayout.of(idx)
     # a sharded head has the same blocks on all ranks, as each brings the ranks together
     capacity = fused_rows(V if split is None else split.largest, memory_budget, device.type)
-    blocks = token_blocks(idx.sequence_index[kept], capacity)
+    # Only tokens in a labelled segment can change the loss; the others need no logits.
+    blocks = token_blocks(TokenLayout(order, lengths), capacity)
     longest = max((len(b) for b in blocks if len(b) <= capacity), default=0)
     fp32 = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
     scratch = torch.empty(longest * V, dtype=torch.float32, device=device)
@@ -144,28 +153,32 @@ def _fused_step_kto(
     lift = None
     if head.gemm_dtype == torch.float16:
         lift = gradient_lift(options, n_o, n_s).to(torch.float32)
-    for block in blocks:
-        rows = kept[block]
-        has_target = target[rows] != head.options.ignore_index
-        part = head.pick(rows[has_target])
+    for rows in blocks:
+        part, has_target = head.pick_with_target(rows)
         tiles = None
         if len(rows) <= capacity:
             tiles, logp, lse, _ = full_rows(part, vocab_tiles(part, scratch, part.n))
         else:
             logp, lse, _ = forward(part)
         # a token without a target counts as one of log-prob 0, as it does in linear_logprobs
-        block_logp = fp32(len(rows))
-        block_logp[has_target] = logp
+        if on_cpu:
+            block_logp = fp32(len(rows))
+            block_logp[has_target] = logp
+        else:
+            block_logp = torch.where(has_target, logp, 0.0)
         batch.add(block_logp, ref_logps[rows], rows)
         if not (needs_hidden or needs_weight or needs_bias):
             continue
         slopes = loss()[2:]  # final for the sequences of this block
         g = level.token_slopes(idx, options, block_logp, ref_logps[rows], *slopes, rows=rows)
-        g = g[has_target]
         # clipped or saturated tokens have no gradient; "not at most", so that a NaN is not dropped
-        pulled = ~(g.abs() <= gradient_bound)
+        pulled = ~(g.abs() <= gradient_bound) & has_target
+        if on_cpu:
+            g, pulled = g[has_target], pulled[has_target]
+        else:
+            g = torch.where(pulled, g, 0.0)
         row = RowGradient(lse, logp, g if lift is None else g * lift)
-        if not bool(pulled.all()):
+        if on_cpu and not bool(pulled.all()):
             pulled = pulled.nonzero()[:, 0]
             part, row = part.pick(pulled), row.rows(pulled)
             tiles = None if tiles is None else pick_rows(tiles, pulled)
@@ -199,6 +212,8 @@ def _(  # type: ignore[no-untyped-def]
     bias,
     ref_logps,
     index,
+    order,
+    lengths,
     z_o,
     z_s,
     n_o,
@@ -246,12 +261,12 @@ def _scale(grad: Tensor, dloss: Tensor) -> Tensor:
 
 def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
     if dloss is None:
-        return *[None] * 5, [None] * ctx.num_index, *[None] * 13
+        return *[None] * 5, [None] * ctx.num_index, *[None] * 15
     dhidden, dweight, dbias = (
         _scale(grad, dloss).to(ctx.dtype) if needed else None
         for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
-    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 13
+    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 15
 
 
 _fused_step_kto.register_autograd(_backward, setup_context=_setup_context)
@@ -283,7 +298,10 @@ def fused_linear_step_kto_loss(
         hidden: (..., H) fp32, bf16 or fp16 with N tokens in the order of `segments`.
         weight: (V, H), dtype of `hidden`.
         target: (...) int64, already shifted. `ignore_index` takes a token out.
-        segments: layout and labels. Tokens outside of labelled segments cost nothing.
+        segments: layout and labels. Tokens outside of labelled segments cost nothing. On a GPU,
+            segments that were made on the CPU and moved by `to` let the call run ahead of the
+            device; of those made on the GPU it waits once for the lengths. A captured CUDA graph
+            keeps the lengths that it was captured with.
         ref_logps: (...) fp32, reference log-probs, nats.
         baseline, config, normalizer: as `step_kto_loss`. reference_point "matched" without a
             baseline needs all log-probs before the first gradient and so costs 4 units.
@@ -342,6 +360,7 @@ def fused_linear_step_kto_loss(
         bias,
         ref_logps.detach().reshape(-1),
         list(SegmentIndex.of(segments)),
+        *(segments.layout or (None, None)),
         *z,
         *n,
         config.segment_options().pack(),

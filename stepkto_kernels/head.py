@@ -64,6 +64,18 @@ class Head:
             rows=rows[kept],
         )
 
+    def pick_with_target(self, kept: Tensor) -> tuple[Head, Tensor]:
+        """Some of the tokens, of which ignored ones are dropped, and which have a target (n,) bool.
+
+        On a GPU those are kept, with hidden states of 0: counting them would wait for the device.
+        """
+        has_target = self.target[kept] != self.options.ignore_index
+        if has_target.device.type == "cpu":
+            return self.pick(kept[has_target]), has_target
+        part = self.pick(kept)
+        part.hidden.masked_fill_(~has_target[:, None], 0.0)  # a copy, as `kept` is an index
+        return part, has_target
+
     @property
     def gemm_dtype(self) -> torch.dtype:
         """CPU GEMMs would round narrow results, so there everything is widened first."""

@@ -15,7 +15,7 @@ from stepkto_kernels.fused_step_kto import fused_linear_step_kto_loss
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.segments import StepSegments
 from stepkto_kernels.shards import HeadGroup
-from stepkto_kernels.step_kto import KLBaseline, LossNormalizer
+from stepkto_kernels.step_kto import KLBaseline, LossNormalizer, as_scalar
 
 
 class StepKTOLoss(nn.Module):
@@ -127,8 +127,8 @@ class StepKTOLoss(nn.Module):
 
     def observe_baseline(self, baseline: KLBaseline) -> None:
         """Move the running value towards a step's reference points."""
-        values = [torch.as_tensor(z, dtype=torch.float64) for z in baseline]
-        value = torch.stack([z.to(self.running.device) for z in values])
+        device = self.running.device
+        value = torch.stack([as_scalar("baseline", z, device) for z in baseline])
         self._move(value, torch.ones_like(value, dtype=torch.bool))
 
     def observe_metrics(self, metrics: StepKTOMetrics) -> None:

@@ -17,8 +17,8 @@ from stepkto_kernels import checks, cuda, native, segment_loss
 from stepkto_kernels.config import SegmentOptions, StepKTOConfig
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.ops import custom_op
-from stepkto_kernels.segment_loss import SegmentBatch, SegmentIndex, mean_over, term_counts
-from stepkto_kernels.segments import StepSegments
+from stepkto_kernels.segment_loss import SegmentBatch, mean_over, term_counts
+from stepkto_kernels.segments import SegmentIndex, StepSegments
 from stepkto_kernels.shards import named_group
 
 Group = torch.distributed.ProcessGroup
@@ -241,7 +241,9 @@ def as_scalar(
 ) -> Tensor:
     if isinstance(value, Tensor):
         checks.shape(name, value, (), "()")
-        return value.detach().to(device=device, dtype=torch.float64)
+        # not waiting is safe on the way to a device only
+        ahead = device.type != "cpu"
+        return value.detach().to(device=device, dtype=torch.float64, non_blocking=ahead)
     checks.number(name, value, low=low)
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
