@@ -30,7 +30,7 @@ class StepKTOLoss(nn.Module):
 
     Args:
         config: options of the loss.
-        temperature, logit_scale, softcap, ignore_index, memory_budget, backend: as
+        temperature, logit_scale, softcap, ignore_index, memory_budget, gradient_bound, backend: as
             `fused_linear_step_kto_loss`.
     Raises:
         ValueError: an option out of range.
@@ -48,12 +48,14 @@ class StepKTOLoss(nn.Module):
         softcap: float | None = None,
         ignore_index: int = -100,
         memory_budget: int | None = None,
+        gradient_bound: float = 0.0,
         backend: str = "auto",
     ):
         super().__init__()
         LogitOptions(temperature, logit_scale, softcap, ignore_index)
         checks.instance("config", config, StepKTOConfig)
         checks.memory_budget(memory_budget)
+        checks.number("gradient_bound", gradient_bound, low=0)
         checks.choice("backend", backend, BACKENDS)
         self.config = config
         self.options = {
@@ -62,6 +64,7 @@ class StepKTOLoss(nn.Module):
             "softcap": softcap,
             "ignore_index": ignore_index,
             "memory_budget": memory_budget,
+            "gradient_bound": gradient_bound,
             "backend": backend,
         }
         self.register_buffer("running", torch.zeros(2, dtype=torch.float64))

@@ -204,9 +204,8 @@ def test_load_balancing_that_is_not_known_is_refused(tiny_model, ids):
 def with_lora(model, *, dropout: float = 0.0, names=("default",), seed: int = 5, **options):
     peft = pytest.importorskip("peft")
     targets = options.pop("target_modules", ["q_proj", "lm_head"])
-    config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=targets, lora_dropout=dropout, **options
-    )
+    options = {"task_type": "CAUSAL_LM", "target_modules": targets} | options
+    config = peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, **options)
     torch.manual_seed(seed)
     model = peft.get_peft_model(model, config, adapter_name=names[0])
     for name in names[1:]:
@@ -291,6 +290,11 @@ def test_a_trained_copy_of_the_head(tiny_model, ids):
     with model.disable_adapter():
         got = model(input_ids=ids, head_fn=head_fn).value
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_peft_without_a_task_type(tiny_model, ids):
+    """Its wrapper then hands on other arguments."""
+    assert_routed(with_lora(tiny_model(), task_type=None), ids)
 
 
 def test_lora_in_fp32_on_a_bf16_model(tiny_model, ids):

@@ -114,8 +114,9 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     head_fn = kwargs.pop("head_fn", None)
     if head_fn is None:
         return self._forward_before_routing(*args, **kwargs)
-    for name in ("labels", "logits_to_keep"):  # PEFT passes on None for what was not given
-        kwargs.pop(name, None)
+    ours = ("labels", "logits_to_keep", "use_cache", "return_dict")
+    # PEFT passes on None for what it was not given
+    kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in ours}
     experts = _aux_loss_function(self)
     if experts is not None:
         kwargs["output_router_logits"] = True

@@ -33,6 +33,7 @@ from stepkto_kernels import checks
 from stepkto_kernels.integrations.transformers import (
     causal_lm,
     check_head,
+    check_packing,
     logit_options,
     route_head,
 )
@@ -41,10 +42,11 @@ from stepkto_kernels.module import StepKTOLoss
 from stepkto_kernels.step_kto import KLBaseline, LossNormalizer, loss_normalizer
 from stepkto_kernels.training import head_calls
 from stepkto_kernels.training.arguments import StepKTOArguments
-from stepkto_kernels.training.batch import TrainerCollator, mismatched_pairs
+from stepkto_kernels.training.batch import TrainerCollator, mismatched_pairs, unlabelled
 from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset
 from stepkto_kernels.training.kl import kl_baseline_of, kl_totals
 from stepkto_kernels.training.models import add_adapter, disable_dropout, load_model
+from stepkto_kernels.training.reference_logps import sharded_batches
 from stepkto_kernels.training.reference_model import ReferenceModel
 
 STATE_FILE = "step_kto.pt"  # in a checkpoint: the running reference points
@@ -132,6 +134,8 @@ class StepKTOTrainer(Trainer):
         checks.instance("args", args, StepKTOArguments)
         want = "one GPU in each process: use accelerate launch, or CUDA_VISIBLE_DEVICES"
         checks.require(args.n_gpu <= 1, "args", want, f"{args.n_gpu} GPUs in this one")
+        shared = ref_model is not None and ref_model is model
+        checks.require(not shared, "ref_model", "another module than model, or None", "the same")
         policy = load_model(model, args)
         reference = None if ref_model is None else load_model(ref_model, args)
         if peft_config is not None:
@@ -159,10 +163,14 @@ class StepKTOTrainer(Trainer):
         self._refuse_what_is_not_supported()
         route_head(policy)
         if self.place_model_on_device:  # else there may be no weights here yet
-            check_head(policy)
+            with self.accelerator.autocast():
+                check_head(policy, args.backend)
+                if args.padding_free:
+                    check_packing(policy, args.backend)
         self.loss_fn = StepKTOLoss(
             args.step_kto_config(),
             memory_budget=args.memory_budget,
+            gradient_bound=args.gradient_bound,
             backend=args.backend,
             **logit_options(config),  # type: ignore[arg-type]
         ).to(args.device)
@@ -170,6 +178,8 @@ class StepKTOTrainer(Trainer):
             policy, reference, args, self.accelerator, mismatched=self._is_mismatched
         )
         self._context = StepContext(None, None)
+        self._eval_context: StepContext | None = None
+        self._evaluated: StepKTODataset | None = None
         self._totals: dict[str, StepKTOMetrics | None] = {"train": None, "eval": None, "step": None}
         self._warned = False
 
@@ -180,8 +190,10 @@ class StepKTOTrainer(Trainer):
             version = self.accelerator.state.fsdp_plugin.fsdp_version
             checks.require(version == 2, "fsdp_version", want, version)
         layout = getattr(self.accelerator, "parallelism_config", None)
-        cut = layout is not None and (layout.cp_enabled or layout.sp_enabled)
-        checks.require(not cut, "parallelism_config", "whole sequences on a rank", layout)
+        cut = layout is not None and (layout.cp_enabled or layout.sp_enabled or layout.tp_enabled)
+        checks.require(not cut, "parallelism_config", "whole sequences and layers", layout)
+        sharded = self.is_distributed_loading_by_transformers
+        checks.require(not sharded, "model", "one that this trainer shards", "a sharded model")
 
     @property
     def _is_mismatched(self) -> bool:
@@ -191,12 +203,26 @@ class StepKTOTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; the policy as it is now is the reference, if there is no other."""
         self._prepare_reference()
+        self._totals = dict.fromkeys(self._totals)
         return super().train(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer.evaluate; see `train`."""
-        self._prepare_reference()
-        return super().evaluate(*args, **kwargs)
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer.evaluate; another dataset may have any of the formats of __init__.
+
+        Raises:
+            ValueError: also where that needs a reference model that is not kept.
+        """
+        return super().evaluate(self._encoded(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `evaluate`; there are metrics and no predictions."""
+        return super().predict(self._encoded(test_dataset), *args, **kwargs)
+
+    def _encoded(self, source: Any) -> Any:
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(source, str) and source in named:  # Trainer evaluates a dict name by name
+            return source
+        return encode(source, self.processing_class, self.args)  # type: ignore[arg-type]
 
     def _prepare_reference(self) -> None:
         evaluated = self.eval_dataset
@@ -349,12 +375,15 @@ class StepKTOTrainer(Trainer):
             metrics = self._take_metrics("train")
             metrics.pop("loss", None)
             logs.update(metrics)
-            watched = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
-            for name in watched:
-                if not math.isfinite(logs.get(name, 0.0)):
-                    step = self.state.global_step
-                    raise FloatingPointError(f"step {step}: {name} is {logs[name]}; see {logs}")
+        self._check_finite(logs)
         super().log(logs, start_time)
+
+    def _check_finite(self, logs: dict[str, float]) -> None:
+        watched = ["loss", "train_loss"] if self.args.fp16 else ["loss", "train_loss", "grad_norm"]
+        for name in watched:
+            if not math.isfinite(logs.get(name, 0.0)):
+                step = self.state.global_step
+                raise FloatingPointError(f"step {step}: {name} is {logs[name]}; see {logs}")
 
     def prediction_step(
         self,
@@ -363,22 +392,48 @@ class StepKTOTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """The loss of one batch by itself; there are no predictions, as there are no logits."""
+        """The loss of one batch; there are no predictions, as there are no logits."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            inputs = self._prepare_inputs(inputs)
-            baseline = None
-            if self._is_mismatched:
-                pairs = mismatched_pairs(inputs["examples"], max_length=self.args.max_length)
-                if pairs:
-                    batch = self._to_device(self.collate(pairs))
-                    baseline = kl_baseline_of(self._kl_totals(model, batch))
-                else:
-                    baseline = self._running_baseline()
-            elif self.loss_fn.config.reference_point == "ema":
-                baseline = self.loss_fn.running_baseline()
-            loss, metrics = self._loss(model, inputs, StepContext(baseline, None))
+            if self._eval_context is None:
+                self._eval_context = self._evaluation_context(model)
+            inputs = self._prepare_inputs(self._without_repeated(inputs))
+            loss, metrics = self._loss(model, inputs, self._eval_context)
         self._add_metrics("eval", metrics)
         return loss.detach(), None, None
+
+    def _evaluation_context(self, model: nn.Module) -> StepContext:
+        """One pair of reference points for all batches of a dataset."""
+        kind, dataset = self.loss_fn.config.reference_point, self._evaluated
+        baseline = None
+        if self._is_mismatched or kind == "ema":
+            baseline = self.loss_fn.running_baseline()
+        if self._is_mismatched and dataset is not None:
+            pairs = mismatched_pairs(dataset.examples, max_length=self.args.max_length)
+            dataset = StepKTODataset(pairs) if pairs else None
+        if dataset is not None and (self._is_mismatched or kind == "matched"):
+            baseline = self._dataset_baseline(model, dataset)
+        return StepContext(baseline, None)
+
+    def _dataset_baseline(self, model: nn.Module, dataset: StepKTODataset) -> KLBaseline:
+        """As `_baseline`, of a dataset that all ranks have."""
+        args = self.args
+        totals = torch.zeros(4, dtype=torch.float64, device=args.device)
+        for indices, own in sharded_batches(
+            dataset, args.eval_batch_size, args.process_index, args.world_size
+        ):
+            batch = self._to_device(self.collate([dataset[i] for i in indices]))
+            totals += own * self._kl_totals(model, batch)
+        return kl_baseline_of(self._sum_over_ranks(totals))
+
+    def _without_repeated(self, inputs: Batch) -> Batch:
+        """The last batch, without labels where accelerate repeats examples to fill all ranks'."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        own = state.remainder - self.args.process_index * self.args.eval_batch_size
+        examples = inputs["examples"]
+        kept = [e if i < own else unlabelled(e) for i, e in enumerate(examples)]
+        return self._to_device(self.collate(kept))
 
     def evaluation_loop(
         self,
@@ -389,13 +444,20 @@ class StepKTOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As Trainer's, with the loss's metrics; the loss is that of all examples as one batch."""
-        self._totals["eval"] = None
+        self._prepare_reference()
+        self._observe_last_step()
+        self._totals["eval"] = self._eval_context = None
+        self._evaluated = dataloader.dataset
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         found = self._take_metrics("eval")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite({"loss": float(self._tr_loss)})  # since the last log
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
