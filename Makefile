@@ -18,6 +18,8 @@ test: $(READY)
 # second, which takes hours, where they are installed: pip install '.[peers]'.
 results: $(READY)
 	$(BIN)/python benchmarks/run.py --suite memory
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python examples/demo.py --output out/demo
 	cp out/demo/results.json benchmarks/results/demo.json
 	$(BIN)/python benchmarks/readme.py
@@ -25,6 +27,7 @@ results: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py --suite head loss segments accuracy
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/scaling.py
 
 # Tests and benchmarks that want a GPU, in under ten minutes; everything lands in STEPKTO_GPU_OUT
 # (default out/gpu). ARGS='--parts tests head' chooses parts. Without a virtual environment:
@@ -42,7 +45,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit("want Python >= 3.10, got " + sys.version) if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,test,triton]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,lora,test,triton,trl]'
 	touch $@
 
 clean:

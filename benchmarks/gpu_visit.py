@@ -6,7 +6,8 @@ python benchmarks/gpu_visit.py --parts sanitize         # compute-sanitizer over
 
 Each part is a process with a time limit. One that fails or is cut off does not keep the next from
 running; the exit status is 1 then. Everything goes under $STEPKTO_GPU_OUT (default out/gpu):
-junit.xml, the JSON and PNG of every suite, log.txt with all output. A short table comes last.
+junit.xml, the JSON and PNG of every suite, tuned.json of the part tune, log.txt with all output.
+A short table comes last.
 Needs torch and pytest beside this checkout, nothing installed and no network.
 """
 
@@ -59,6 +60,11 @@ PARTS = {
     "shapes": Part((*BENCH, "--suite", "head", "--no-memory", "--output", "{out}/shapes"), 300),
     "memory": Part((*BENCH, "--suite", "memory"), 300),
     "accuracy": Part((*BENCH, "--suite", "accuracy"), 120),
+    "tune": Part(
+        (PYTHON, "-m", "stepkto_kernels.cli", "tune", "--output", "{out}/tuned.json")
+        + ("--shapes", WIDE, NARROW),
+        300,
+    ),
     "sanitize": Part(
         ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *PYTEST, "-x")
         + ("-k", "dispatch_on_a_gpu or on_a_gpu and bf16"),

@@ -121,6 +121,24 @@ def demo_table(result: Result) -> str:
     )
 
 
+def trainer_table(result: Result) -> str:
+    """Whole steps: seconds, how often faster than the slowest, memory."""
+    slowest = max(row["step_seconds_best"] for row in result["rows"])
+    table = markdown_table(
+        ["", "s a step", "times as fast", "peak, GB"],
+        [
+            [
+                row["who"],
+                f"{row['step_seconds_best']:.1f}",
+                f"{slowest / row['step_seconds_best']:.1f}",
+                f"{row['peak_mib'] * 2**20 / 1e9:.1f}",
+            ]
+            for row in result["rows"]
+        ],
+    )
+    return f"{table}\n{footer(result)}"
+
+
 SUITES: dict[str, Callable[[Result], str]] = {
     "head": ratio_table,
     "loss": ratio_table,
@@ -129,12 +147,15 @@ SUITES: dict[str, Callable[[Result], str]] = {
 }
 TABLES = {f"{suite}_{d}": table for d in ("cpu", "cuda") for suite, table in SUITES.items()}
 TABLES["demo"] = demo_table
+TABLES["trainer_cpu"] = trainer_table
 
 
 def command(name: str) -> str:
     suite, _, device = name.partition("_")
     if not device:
         return "make results"
+    if suite == "trainer":
+        return "python benchmarks/trainer.py"
     return f"python benchmarks/run.py --suite {suite} --device {device}"
 
 

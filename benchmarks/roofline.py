@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 from stepkto_kernels.bench.predictions import TABLES  # noqa: E402
-from stepkto_kernels.training.report import markdown_table  # noqa: E402
+from stepkto_kernels.training.report import markdown_table, with_tables  # noqa: E402
 
 PAGE = ROOT / "benchmarks/ROOFLINE.md"
 COMPILED = ROOT / "benchmarks/results/compile.json"
@@ -48,28 +48,13 @@ def compile_table() -> str:
     return f"{table}\nTriton {result['triton']}; all in benchmarks/results/compile.json.\n"
 
 
-def rewritten(text: str) -> str:
-    """The text with its tables.
-
-    Raises:
-        ValueError: it lacks the marks of a table.
-    """
-    for name, table in {**TABLES, "compile": compile_table}.items():
-        begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"{PAGE.name} has no marks {begin.strip()} and {end}")
-        text = before + begin + table() + end + after
-    return text
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="tables of benchmarks/ROOFLINE.md")
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args()
     old = PAGE.read_text(encoding="utf-8")
-    new = rewritten(old)
+    tables = {**TABLES, "compile": compile_table}
+    new = with_tables(old, {name: table() for name, table in tables.items()})
     if args.check:
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")

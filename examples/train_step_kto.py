@@ -120,23 +120,31 @@ def read_data(path: Path, tokenizer, max_length: int) -> list[EncodedExample]:
     return examples
 
 
-def micro_batches(batch: Batch, size: int, device: str) -> list[Batch]:
-    """A batch on the CPU, `size` rows at a time and without the padding that all of these have."""
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """A batch, `size` rows at a time and without the padding that all of these have."""
     pieces = []
     for start in range(0, len(batch["input_ids"]), size):
         piece = {name: batch[name][start : start + size] for name in TOKENS + LABELS}
         longest = int(piece["attention_mask"].sum(1).max())
         piece |= {name: piece[name][:, :longest] for name in TOKENS}
-        pieces.append({name: tensor.to(device) for name, tensor in piece.items()})
+        pieces.append(piece)
     return pieces
 
 
 def shifted(batch: Batch) -> tuple[Tensor, stepkto.StepSegments]:
-    """What position t predicts: targets (B, T - 1), -100 where not scored, and their segments."""
+    """What position t predicts: targets (B, T - 1), -100 where not scored, and their segments.
+
+    On the CPU, like the batch: segments that are moved from there let the loss run ahead of a GPU.
+    """
     mask, step_ids = batch["completion_mask"][:, 1:], batch["step_ids"][:, 1:]
     target = torch.where(mask, batch["input_ids"][:, 1:], -100)
     labels = batch["outcome_label"], batch["step_labels"]
     return target, stepkto.StepSegments.from_padded(step_ids, mask, *labels)
+
+
+def ahead(x, device: torch.device | str):
+    """Move a tensor or segments from the CPU without waiting for what the device is doing."""
+    return x.to(device, non_blocking=True)
 
 
 def logit_options(config: PretrainedConfig) -> dict:
@@ -152,7 +160,7 @@ def logit_options(config: PretrainedConfig) -> dict:
 
 def head_inputs(model: PreTrainedModel, batch: Batch, dtype: str) -> tuple:
     """Hidden states (B, T - 1, H) of the backbone, lm_head weight (V, H) and bias (V,) or None."""
-    ids, kind = batch["input_ids"], getattr(torch, dtype)
+    ids, kind = ahead(batch["input_ids"], model.device), getattr(torch, dtype)
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=kind == torch.bfloat16):
         # No attention mask: padding is on the right, where no token of a causal model looks.
         out = model.base_model(input_ids=ids, use_cache=False)
@@ -166,18 +174,19 @@ def log_probs(model: PreTrainedModel, batch: Batch, dtype: str) -> Tensor:
     """Log-probabilities of the completion tokens, in nats, 0 elsewhere. (B, T - 1) fp32."""
     hidden, weight, bias = head_inputs(model, batch, dtype)
     options = logit_options(model.config)
-    return stepkto.linear_logprobs(hidden, weight, shifted(batch)[0], bias, **options)
+    target = ahead(shifted(batch)[0], hidden.device)
+    return stepkto.linear_logprobs(hidden, weight, target, bias, **options)
 
 
 def mismatched_baseline(models: tuple, batch: Batch, config, args) -> stepkto.KLBaseline:
     """Reference points of an optimizer step: mean log-ratios of all of its mismatched pairs."""
     pairs = batch | {name: batch[MISMATCHED + name] for name in TOKENS}  # labels play no part
     target, segments = shifted(pairs)
-    pieces, logps = micro_batches(pairs, args.micro_batch_size, args.device), []
+    pieces, logps = micro_batches(pairs, args.micro_batch_size), []
     for model in models:
         parts = [log_probs(model, piece, args.dtype) for piece in pieces]
         logps.append(torch.cat([pad(p, (0, target.shape[1] - p.shape[1])) for p in parts]))
-    return stepkto.kl_baseline(*logps, segments.to(args.device), config=config)
+    return stepkto.kl_baseline(*logps, ahead(segments, args.device), config=config)
 
 
 def accumulate_gradient(policy, reference, loss_fn, batch: Batch, args) -> Tensor:
@@ -186,11 +195,12 @@ def accumulate_gradient(policy, reference, loss_fn, batch: Batch, args) -> Tenso
     if args.reference_point == "mismatched" and MISMATCHED + "input_ids" in batch:
         baseline = mismatched_baseline((policy, reference), batch, loss_fn.config, args)
     counts = stepkto.loss_normalizer(shifted(batch)[1], loss_fn.config)
-    pieces, rows = micro_batches(batch, args.micro_batch_size, args.device), []
+    pieces, rows = micro_batches(batch, args.micro_batch_size), []
     for piece in pieces:
         ref_logps = log_probs(reference, piece, args.dtype)
         hidden, weight, bias = head_inputs(policy, piece, args.dtype)
-        given = hidden, weight, *shifted(piece), ref_logps, baseline, bias, counts
+        target, segments = (ahead(x, args.device) for x in shifted(piece))
+        given = hidden, weight, target, segments, ref_logps, baseline, bias, counts
         loss, metrics = loss_fn(*given, update_running=piece is pieces[-1])  # moves once a step
         loss.backward()
         rows.append(torch.cat([loss.detach().double()[None], metrics.totals]))

@@ -1,6 +1,6 @@
 """Step-KTO losses (arXiv 2501.10799) on an lm_head, without ever holding the full logits."""
 
-from stepkto_kernels import reference
+from stepkto_kernels import parallel, reference
 from stepkto_kernels.backend import available_backends
 from stepkto_kernels.config import StepKTOConfig
 from stepkto_kernels.fused_step_kto import fused_linear_step_kto_loss
@@ -14,8 +14,10 @@ from stepkto_kernels.module import StepKTOLoss
 from stepkto_kernels.segments import StepSegments, segment_sums
 from stepkto_kernels.step_kto import (
     KLBaseline,
+    KLTotals,
     LossNormalizer,
     kl_baseline,
+    kl_totals,
     loss_normalizer,
     step_kto_loss,
 )
@@ -25,6 +27,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "KLBaseline",
+    "KLTotals",
     "LogprobStats",
     "LossNormalizer",
     "StepKTOConfig",
@@ -34,9 +37,11 @@ __all__ = [
     "available_backends",
     "fused_linear_step_kto_loss",
     "kl_baseline",
+    "kl_totals",
     "linear_logprobs",
     "linear_logprobs_with_stats",
     "loss_normalizer",
+    "parallel",
     "reference",
     "segment_sums",
     "step_kto_loss",

@@ -19,7 +19,8 @@ from torch import Tensor
 from stepkto_kernels import segment_loss
 from stepkto_kernels.config import SegmentOptions
 from stepkto_kernels.metrics import TOTALS
-from stepkto_kernels.segment_loss import BatchLoss, SegmentIndex
+from stepkto_kernels.segment_loss import BatchLoss
+from stepkto_kernels.segments import SegmentIndex
 
 _cuda: Any = None
 WHY_NOT: str | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepkto_kernels import backend as backends
-from stepkto_kernels import checks
+from stepkto_kernels import checks, shards
 from stepkto_kernels.config import LogitOptions, SegmentOptions, StepKTOConfig
 from stepkto_kernels.head import (
     WeightGradients,
@@ -23,19 +23,19 @@ from stepkto_kernels.head import (
     vocab_tiles,
 )
 from stepkto_kernels.linear_logprobs import (
-    Group,
     check_head,
     gradient_dtype,
     linear_logprobs,
     make_head,
+    resolve_split,
     wants_grad,
 )
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.ops import custom_op
 from stepkto_kernels.plan import fused_rows
 from stepkto_kernels.rows import RowGradient
-from stepkto_kernels.segment_loss import SegmentIndex
-from stepkto_kernels.segments import StepSegments
+from stepkto_kernels.segments import SegmentIndex, StepSegments, TokenLayout
+from stepkto_kernels.shards import HeadGroup, VocabParallel
 from stepkto_kernels.step_kto import (
     KLBaseline,
     LossNormalizer,
@@ -63,14 +63,16 @@ def pack_sequences(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def token_blocks(sequence_index: Tensor, capacity: int) -> list[Tensor]:
-    """Positions of the tokens of each block, whole sequences together. Waits for a GPU once."""
-    order = sequence_index.sort(stable=True).indices
-    lengths = torch.unique_consecutive(sequence_index[order], return_counts=True)[1].tolist()
+def token_blocks(layout: TokenLayout, capacity: int) -> list[Tensor]:
+    """Positions of the tokens of each block, whole sequences together.
+
+    Waits for a GPU where the lengths are on it.
+    """
+    lengths = [n for n in layout.lengths.tolist() if n]
     blocks, start = [], 0
     for first, last in pack_sequences(lengths, capacity):
         stop = start + sum(lengths[first:last])
-        blocks.append(order[start:stop])
+        blocks.append(layout.order[start:stop])
         start = stop
     return blocks
 
@@ -99,6 +101,8 @@ def _fused_step_kto(
     bias: Tensor | None,
     ref_logps: Tensor,
     index: list[Tensor],
+    order: Tensor | None,
+    lengths: Tensor | None,
     z_o: Tensor,
     z_s: Tensor,
     n_o: Tensor,
@@ -108,19 +112,29 @@ def _fused_step_kto(
     gradient_bound: float,
     backend: str,
     memory_budget: int | None,
+    vocab_parallel: str,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (), metric totals, and d loss / d hidden, weight, bias, empty where not needed."""
+    """loss (), metric totals, and d loss / d hidden, weight, bias, empty where not needed.
+
+    order, lengths: a TokenLayout, lengths as a CPU tensor: as numbers they would make torch.compile
+    compile for every batch anew.
+    """
     idx = SegmentIndex(*index)
     V, H = weight.shape
     device = hidden.device
-    head = make_head(hidden, weight, target, bias, LogitOptions.unpack(logit_options), backend)
+    on_cpu = device.type == "cpu"
+    split = VocabParallel.unpack(vocab_parallel)
+    logit = LogitOptions.unpack(logit_options)
+    head = make_head(hidden, weight, target, bias, logit, backend, split)
+    if order is None or lengths is None:
+        order, lengths = TokenLayout.of(idx)
+    # a sharded head has the same blocks on all ranks, as each brings the ranks together
+    capacity = fused_rows(V if split is None else split.largest, memory_budget, device.type)
     # Only tokens in a labelled segment can change the loss; the others need no logits.
-    kept = idx.scored_tokens().nonzero()[:, 0]
-    capacity = fused_rows(V, memory_budget, device.type)
-    blocks = token_blocks(idx.sequence_index[kept], capacity)
+    blocks = token_blocks(TokenLayout(order, lengths), capacity)
     longest = max((len(b) for b in blocks if len(b) <= capacity), default=0)
     fp32 = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
     scratch = torch.empty(longest * V, dtype=torch.float32, device=device)
@@ -130,7 +144,8 @@ def _fused_step_kto(
     batch = level.SegmentBatch(idx, options)
     loss = lambda: batch.loss((z_o, z_s), (n_o, n_s))
     kept_dtype = gradient_dtype(hidden.dtype)
-    dhidden = torch.zeros_like(hidden, dtype=kept_dtype) if needs_hidden else None
+    dhidden_dtype = kept_dtype if split is None else torch.float32  # a sum over ranks, once
+    dhidden = torch.zeros_like(hidden, dtype=dhidden_dtype) if needs_hidden else None
     weights = WeightGradients(
         torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None,
         fp32(V) if needs_bias else None,
@@ -138,28 +153,32 @@ def _fused_step_kto(
     lift = None
     if head.gemm_dtype == torch.float16:
         lift = gradient_lift(options, n_o, n_s).to(torch.float32)
-    for block in blocks:
-        rows = kept[block]
-        has_target = target[rows] != head.options.ignore_index
-        part = head.pick(rows[has_target])
+    for rows in blocks:
+        part, has_target = head.pick_with_target(rows)
         tiles = None
         if len(rows) <= capacity:
             tiles, logp, lse, _ = full_rows(part, vocab_tiles(part, scratch, part.n))
         else:
             logp, lse, _ = forward(part)
         # a token without a target counts as one of log-prob 0, as it does in linear_logprobs
-        block_logp = fp32(len(rows))
-        block_logp[has_target] = logp
+        if on_cpu:
+            block_logp = fp32(len(rows))
+            block_logp[has_target] = logp
+        else:
+            block_logp = torch.where(has_target, logp, 0.0)
         batch.add(block_logp, ref_logps[rows], rows)
         if not (needs_hidden or needs_weight or needs_bias):
             continue
         slopes = loss()[2:]  # final for the sequences of this block
         g = level.token_slopes(idx, options, block_logp, ref_logps[rows], *slopes, rows=rows)
-        g = g[has_target]
         # clipped or saturated tokens have no gradient; "not at most", so that a NaN is not dropped
-        pulled = ~(g.abs() <= gradient_bound)
+        pulled = ~(g.abs() <= gradient_bound) & has_target
+        if on_cpu:
+            g, pulled = g[has_target], pulled[has_target]
+        else:
+            g = torch.where(pulled, g, 0.0)
         row = RowGradient(lse, logp, g if lift is None else g * lift)
-        if not bool(pulled.all()):
+        if on_cpu and not bool(pulled.all()):
             pulled = pulled.nonzero()[:, 0]
             part, row = part.pick(pulled), row.rows(pulled)
             tiles = None if tiles is None else pick_rows(tiles, pulled)
@@ -169,9 +188,11 @@ def _fused_step_kto(
         else:
             full_rows_backward(part, row, tiles, wide, weights)
         if dhidden is not None and wide is not None:
-            dhidden[part.rows] = (wide if lift is None else wide / lift).to(kept_dtype)
+            dhidden[part.rows] = (wide if lift is None else wide / lift).to(dhidden_dtype)
     if lift is not None:
         weights.divide_(lift)
+    if split is not None and dhidden is not None:
+        dhidden = split.sum_(dhidden).to(kept_dtype)
     out = loss()
     empty = lambda: hidden.new_empty(0, dtype=kept_dtype)
     return (
@@ -191,6 +212,8 @@ def _(  # type: ignore[no-untyped-def]
     bias,
     ref_logps,
     index,
+    order,
+    lengths,
     z_o,
     z_s,
     n_o,
@@ -200,6 +223,7 @@ def _(  # type: ignore[no-untyped-def]
     gradient_bound,
     backend,
     memory_budget,
+    vocab_parallel,
     needs_hidden,
     needs_weight,
     needs_bias,
@@ -237,12 +261,12 @@ def _scale(grad: Tensor, dloss: Tensor) -> Tensor:
 
 def _backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
     if dloss is None:
-        return *[None] * 5, [None] * ctx.num_index, *[None] * 12
+        return *[None] * 5, [None] * ctx.num_index, *[None] * 15
     dhidden, dweight, dbias = (
         _scale(grad, dloss).to(ctx.dtype) if needed else None
         for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
-    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 12
+    return dhidden, dweight, None, dbias, None, [None] * ctx.num_index, *[None] * 15
 
 
 _fused_step_kto.register_autograd(_backward, setup_context=_setup_context)
@@ -266,7 +290,7 @@ def fused_linear_step_kto_loss(
     memory_budget: int | None = None,
     gradient_bound: float = 0.0,
     backend: str = "auto",
-    group: Group | None = None,
+    group: HeadGroup | None = None,
 ) -> tuple[Tensor, StepKTOMetrics]:
     """step_kto_loss of linear_logprobs in one pass over the head: 3 GEMM units in place of 4.
 
@@ -274,12 +298,17 @@ def fused_linear_step_kto_loss(
         hidden: (..., H) fp32, bf16 or fp16 with N tokens in the order of `segments`.
         weight: (V, H), dtype of `hidden`.
         target: (...) int64, already shifted. `ignore_index` takes a token out.
-        segments: layout and labels. Tokens outside of labelled segments cost nothing.
+        segments: layout and labels. Tokens outside of labelled segments cost nothing. On a GPU,
+            segments that were made on the CPU and moved by `to` let the call run ahead of the
+            device; of those made on the GPU it waits once for the lengths. A captured CUDA graph
+            keeps the lengths that it was captured with.
         ref_logps: (...) fp32, reference log-probs, nats.
         baseline, config, normalizer: as `step_kto_loss`. reference_point "matched" without a
             baseline needs all log-probs before the first gradient and so costs 4 units.
         bias: (V,), dtype of `hidden`.
-        temperature, logit_scale, softcap, backend, group: as `linear_logprobs`.
+        temperature, logit_scale, softcap, backend, group: as `linear_logprobs`. With a group all of
+            its ranks pass the same batch and get the same loss and metrics: what is added up over
+            data-parallel ranks counts each such group once.
         memory_budget: bytes for the fp32 logits held at once, V * 4 a token; None takes
             plan.FUSED_BYTES. A sequence that does not fit costs 4 units instead of 3. At least 16
             tokens are held.
@@ -292,6 +321,7 @@ def fused_linear_step_kto_loss(
     Raises:
         ValueError: as `linear_logprobs` and `step_kto_loss`.
     """
+    hidden, weight, target, bias, group = shards.local_tensors(hidden, weight, target, bias, group)
     dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
     check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
     checks.number("gradient_bound", gradient_bound, low=0)
@@ -304,6 +334,9 @@ def fused_linear_step_kto_loss(
     z, matched = resolve_baseline(baseline, config, hidden.device)
     n = resolve_normalizer(normalizer, segments, config)
     backend = backends.resolve(backend, hidden.device)
+    split = resolve_split(
+        hidden, weight, bias, memory_budget, options, backend, group, config=config
+    )
     if matched or backend == "reference":
         logps = linear_logprobs(
             hidden,
@@ -317,6 +350,7 @@ def fused_linear_step_kto_loss(
             memory_budget=memory_budget,
             gradient_bound=gradient_bound,
             backend=backend,
+            group=split,
         )
         return step_kto_loss(logps, ref_logps, segments, baseline, config, normalizer)
     loss, totals, *_ = _fused_step_kto(
@@ -326,6 +360,7 @@ def fused_linear_step_kto_loss(
         bias,
         ref_logps.detach().reshape(-1),
         list(SegmentIndex.of(segments)),
+        *(segments.layout or (None, None)),
         *z,
         *n,
         config.segment_options().pack(),
@@ -333,6 +368,7 @@ def fused_linear_step_kto_loss(
         float(gradient_bound),
         backend,
         memory_budget,
+        "" if split is None else split.pack(),
         wants_grad(hidden),
         wants_grad(weight),
         wants_grad(bias),

@@ -3,7 +3,7 @@
 Nothing of size N x V is ever held, but for the rows of the cached mode.
 
 Letters: N tokens of the batch, n tokens of a Head (those that are kept), H hidden size,
-V vocabulary, v columns of a vocabulary chunk, R cached rows.
+V vocabulary (of a sharded head: this rank's rows), v columns of a vocabulary chunk, R cached rows.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from stepkto_kernels import rows as torch_rows
 from stepkto_kernels.config import LogitOptions
 from stepkto_kernels.plan import cut, even_chunk
 from stepkto_kernels.rows import LogSumExp, RowGradient, Tile, cap_slope
+from stepkto_kernels.shards import VocabParallel
 
 MIN_GEMM = 16  # below this many rows or columns a CPU GEMM gives a row other bits
 
@@ -43,6 +44,7 @@ class Head:
     vocab_chunk: int
     num_tokens: int  # N
     rows: Tensor | None = None  # (n,) int64, which of the N tokens are kept; None: all
+    shards: VocabParallel | None = None  # of a head of which other ranks hold other rows
 
     def keep(self, mask: Tensor) -> Head:
         """Drop the tokens where mask (n,) is False, where that needs no wait for a device."""
@@ -62,6 +64,18 @@ class Head:
             rows=rows[kept],
         )
 
+    def pick_with_target(self, kept: Tensor) -> tuple[Head, Tensor]:
+        """Some of the tokens, of which ignored ones are dropped, and which have a target (n,) bool.
+
+        On a GPU those are kept, with hidden states of 0: counting them would wait for the device.
+        """
+        has_target = self.target[kept] != self.options.ignore_index
+        if has_target.device.type == "cpu":
+            return self.pick(kept[has_target]), has_target
+        part = self.pick(kept)
+        part.hidden.masked_fill_(~has_target[:, None], 0.0)  # a copy, as `kept` is an index
+        return part, has_target
+
     @property
     def gemm_dtype(self) -> torch.dtype:
         """CPU GEMMs would round narrow results, so there everything is widened first."""
@@ -73,11 +87,16 @@ class Head:
         """Whether our own GEMM does the row work in its epilogue, or row kernels after torch's."""
         unit_strides = self.hidden.stride(1) == 1 and self.weight.stride(1) == 1
         pays = plan.epilogue_pays(self.weight.shape[1], self.weight.element_size())
-        return self.backend == "triton" and unit_strides and pays
+        return self.backend == "triton" and unit_strides and pays and len(self.weight) > 0
 
     @property
     def n(self) -> int:
         return self.hidden.shape[0]
+
+    @property
+    def v0(self) -> int:
+        """Vocabulary entry, as targets count them, of the first row of `weight`."""
+        return 0 if self.shards is None else self.shards.start
 
     def scored(self, tokens: slice) -> Tensor | None:
         """1 for tokens with a target, 0 for ignored ones, (n,) fp32; None where those are gone."""
@@ -109,6 +128,13 @@ class Head:
         full[self.rows] = kept
         return full
 
+    def sum_over_ranks(self, kept: Tensor) -> Tensor:
+        """(n, ...) of a sharded head, added up over the ranks that ask for it."""
+        assert self.shards is not None
+        if not self.shards.counts or self.rows is None:
+            return self.shards.sum_(kept)
+        return self.shards.sum_(self.spread(kept))[self.rows]
+
     def weight_tile(self, vocab: slice) -> Tensor:
         return self.weight[vocab].to(self.gemm_dtype)
 
@@ -134,7 +160,7 @@ class Head:
         if out is not None:
             out = out.view(-1)[: len(h) * len(w)].view(len(h), len(w))
         bias = None if self.bias is None else self.bias[vocab].float().contiguous()
-        tile = Tile(mm(h, w.T, out), self.target[tokens], vocab.start, bias)
+        tile = Tile(mm(h, w.T, out), self.target[tokens], self.v0 + vocab.start, bias)
         return self.kernels.prepare(tile, self.options)
 
     def dlogits(
@@ -152,7 +178,7 @@ class Head:
             w,
             self.target[tokens],
             None if self.bias is None else self.bias[vocab],
-            vocab.start,
+            self.v0 + vocab.start,
             row,
             self.options,
             h.new_empty(len(h), len(w)),
@@ -228,19 +254,38 @@ def forward(head: Head, stats: tuple[str, ...] = ()) -> tuple[Tensor, LogSumExp,
         w = head.weight_tile(vocab)
         for tokens in head.token_slices:
             fold.add(head.tile(tokens, w, vocab, scratch), tokens, chunk)
-    return fold.finish()
+    return finish(head, [fold], stats)[1:]
+
+
+def finish(
+    head: Head, folds: list[torch_rows.Fold], stats: tuple[str, ...]
+) -> tuple[Tensor, Tensor, LogSumExp, dict[str, Tensor]]:
+    """Results of groups of tokens as one: largest logit here (n,), and what `forward` gives.
+
+    Of a sharded head over all ranks, by one collective.
+    """
+    if head.shards is not None and head.weight.shape[0] == 0:
+        target_logit, lse, values = head.shards.nothing(head.n, stats, head.hidden.device)
+        logp = target_logit
+    else:
+        logp, lse, values = join([fold.finish() for fold in folds], stats)
+        target_logit = torch.cat([fold.target_logit for fold in folds])
+    top = lse.top
+    if head.shards is not None:
+        logp, lse, values = head.shards.merge(target_logit, lse, values, stats, head.options)
+    return top, logp, lse, values
 
 
 def forward_epilogue(
     head: Head, stats: tuple[str, ...]
 ) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
     """`forward` by our own GEMM, a few thousand tokens at a time to bound its partial results."""
-    parts = []
+    folds = []
     for tokens in cut(head.n, plan.EPILOGUE_TILE[0]) or [slice(0, 0)]:
-        h, target = head.hidden[tokens], head.target[tokens]
+        h, target = head.hidden[tokens], head.target[tokens] - head.v0
         fold = gemm_epilogue().forward(h, head.weight, target, head.bias, head.options, stats)
-        parts.append(fold.finish())
-    return join(parts, stats)
+        folds.append(fold)
+    return finish(head, folds, stats)[1:]
 
 
 def rescale_(total: Tensor, factor: Tensor) -> None:
@@ -284,17 +329,23 @@ def forward_frozen(
             rescale, d = fold.add_frozen(tile, tokens, chunk, head.gemm_dtype)
             rescale_(expected[tokens], rescale)
             add_mm_(expected[tokens], d, w)
-    logp, lse, values = fold.finish()
+    top, logp, lse, values = finish(head, [fold], stats)
     chain = options.logit_scale / options.temperature
-    for tokens in head.token_slices:
-        target = head.target[tokens]
+    V = head.weight.shape[0]
+    for tokens in head.token_slices if V else []:
+        target = head.target[tokens] - head.v0
         others = -torch.exp(-lse.logsum[tokens]) * chain
         own = -torch.expm1(logp[tokens]) * chain
         if options.softcap is not None:
             own = own * cap_slope(fold.target_logit[tokens], options)
+        if head.shards is not None:  # from this rank's largest logit to the largest of all
+            highest = top[tokens].clamp(min=torch.finfo(torch.float32).min)
+            others *= torch.exp(highest - lse.top[tokens])
+            own = torch.where((target >= 0) & (target < V), own, 0.0)
         expected[tokens] *= others[:, None]
-        own_weight = head.weight[target.clamp(0, head.weight.shape[0] - 1)]
-        expected[tokens] += own[:, None] * own_weight.float()
+        expected[tokens] += own[:, None] * head.weight[target.clamp(0, V - 1)].float()
+    if head.shards is not None:
+        expected = head.sum_over_ranks(expected)
     return logp, lse, values, expected
 
 
@@ -312,7 +363,7 @@ def full_rows(
         out = None if scratch is None else scratch[chunk]
         tiles.append(head.tile(everything, head.weight_tile(vocab), vocab, out))
         fold.add(tiles[-1], everything, chunk)
-    return tiles, *fold.finish()
+    return tiles, *finish(head, [fold], stats)[1:]
 
 
 def pick_rows(tiles: list[Tile], rows: Tensor) -> list[Tile]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stepkto_kernels import backend as backends
-from stepkto_kernels import checks, reference
+from stepkto_kernels import checks, reference, shards
 from stepkto_kernels.config import LogitOptions
 from stepkto_kernels.head import (
     Head,
@@ -31,8 +31,7 @@ from stepkto_kernels.head import (
 from stepkto_kernels.ops import custom_op
 from stepkto_kernels.plan import HeadPlan, plan_head, token_chunk, vocab_chunk
 from stepkto_kernels.rows import STATS, LogSumExp, RowGradient
-
-Group = torch.distributed.ProcessGroup
+from stepkto_kernels.shards import HeadGroup, VocabParallel
 
 
 class LogprobStats(NamedTuple):
@@ -55,11 +54,13 @@ def make_head(
     bias: Tensor | None,
     options: LogitOptions,
     backend: str,
+    split: VocabParallel | None = None,
 ) -> Head:
     """Head over all tokens; checks targets on the CPU."""
     device = hidden.device.type
     V = weight.shape[0]
-    checks.targets(target, target != options.ignore_index, V, options.ignore_index)
+    known = V if split is None else split.V
+    checks.targets(target, target != options.ignore_index, known, options.ignore_index)
     return Head(
         hidden,
         weight,
@@ -70,6 +71,7 @@ def make_head(
         token_chunk(device),
         vocab_chunk(V, device),
         num_tokens=hidden.shape[0],
+        shards=split,
     )
 
 
@@ -79,17 +81,18 @@ def _plan(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-    stats: Sequence[str],
     memory_budget: int | None,
+    split: VocabParallel | None,
+    through_entropy: bool = False,
 ) -> HeadPlan:
     return plan_head(
         hidden.shape[0],
-        weight.shape[0],
+        weight.shape[0] if split is None else split.largest,  # one plan on all ranks
         hidden.element_size(),
         hidden.device.type,
         needs_hidden=needs_hidden,
         needs_weight=needs_weight or needs_bias,
-        needs_entropy="entropy" in stats,
+        needs_entropy=through_entropy,
         memory_budget=memory_budget,
     )
 
@@ -110,6 +113,7 @@ def _linear_logprobs(
     gradient_bound: float,
     backend: str,
     memory_budget: int | None,
+    vocab_parallel: str,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -117,10 +121,12 @@ def _linear_logprobs(
     """logp (N,), stats (K, N), top (N,), logsum (N,), dlogp/dhidden (N, H), cache (R * V,).
 
     The last two are empty in the modes that do without. stats: K names, joined by spaces.
+    vocab_parallel: VocabParallel.pack() of a sharded head.
     """
     names = tuple(stats.split())
-    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, names, memory_budget)
-    head = make_head(hidden, weight, target, bias, LogitOptions.unpack(options), backend)
+    split = VocabParallel.unpack(vocab_parallel)
+    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, memory_budget, split)
+    head = make_head(hidden, weight, target, bias, LogitOptions.unpack(options), backend, split)
     scored = target != head.options.ignore_index
     head = head.keep(scored)
     kept_dtype = gradient_dtype(hidden.dtype)
@@ -154,12 +160,14 @@ def _(  # type: ignore[no-untyped-def]
     gradient_bound,
     backend,
     memory_budget,
+    vocab_parallel,
     needs_hidden,
     needs_weight,
     needs_bias,
 ):
     names = stats.split()
-    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, names, memory_budget)
+    split = VocabParallel.unpack(vocab_parallel)
+    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, memory_budget, split)
     N, H = hidden.shape
     row = lambda: hidden.new_empty(N, dtype=torch.float32)
     stacked = hidden.new_empty(len(names), N, dtype=torch.float32)
@@ -188,6 +196,7 @@ def _linear_logprobs_bwd(
     gradient_bound: float,
     backend: str,
     memory_budget: int | None,
+    vocab_parallel: str,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -197,16 +206,20 @@ def _linear_logprobs_bwd(
     # Tokens without a gradient cost nothing. "Not at most", so that a NaN is not dropped.
     pulled = ~(dlogp.abs() <= gradient_bound) & (target != opts.ignore_index)
     dlogp = torch.where(pulled, dlogp, 0.0)
-    if dlogp_dhidden.numel():
+    # What frozen and cached keep says nothing of the entropy. Most only log it, so the forward pass
+    # does not reckon with its gradient; where that comes, all is recomputed.
+    through_entropy = dentropy is not None
+    if dlogp_dhidden.numel() and not through_entropy:
         dhidden = (dlogp[:, None] * dlogp_dhidden).to(hidden.dtype)
         return dhidden, weight.new_empty(0), weight.new_empty(0)
-    stats = [] if entropy is None else ["entropy"]
-    plan = _plan(hidden, weight, needs_hidden, needs_weight, needs_bias, stats, memory_budget)
+    split = VocabParallel.unpack(vocab_parallel)
+    needs = needs_hidden, needs_weight, needs_bias
+    plan = _plan(hidden, weight, *needs, memory_budget, split, through_entropy)
     scored = target != opts.ignore_index
     if dentropy is not None:
         pulled |= (dentropy != 0) & scored
     # the cache holds the scored tokens, so the numbering of those must stay
-    head = make_head(hidden, weight, target, bias, opts, backend)
+    head = make_head(hidden, weight, target, bias, opts, backend, split)
     head = head.keep(scored if plan.mode == "cached" else pulled)
     row = RowGradient(LogSumExp(top, logsum), logp, dlogp, dentropy, entropy)
     row = row.rows(slice(None) if head.rows is None else head.rows)
@@ -228,8 +241,12 @@ def _linear_logprobs_bwd(
         recompute_backward(head, row, wide, weights)
     dweight = weight.new_empty(0) if weights.dweight is None else weights.dweight
     dbias = weight.new_empty(0) if weights.dbias is None else weights.dbias
-    dhidden = hidden.new_empty(0) if wide is None else head.spread(wide.to(hidden.dtype))
-    return dhidden, dweight, dbias
+    if wide is None:
+        return hidden.new_empty(0), dweight, dbias
+    if split is None:
+        return head.spread(wide.to(hidden.dtype)), dweight, dbias
+    # of all tokens: which ones have a gradient must not decide what ranks exchange
+    return split.sum_(head.spread(wide)).to(hidden.dtype), dweight, dbias
 
 
 @_linear_logprobs_bwd.register_fake
@@ -250,6 +267,7 @@ def _(  # type: ignore[no-untyped-def]
     gradient_bound,
     backend,
     memory_budget,
+    vocab_parallel,
     needs_hidden,
     needs_weight,
     needs_bias,
@@ -278,15 +296,14 @@ def _backward(ctx, dlogp, dstacked, *unused):  # type: ignore[no-untyped-def]
         dlogp = torch.zeros_like(logp)
     row = ctx.entropy_row
     dentropy = entropy = None
-    if row is not None:
-        entropy = stacked[row]
-        dentropy = torch.zeros_like(entropy) if dstacked is None else dstacked[row]
+    if row is not None and dstacked is not None:
+        entropy, dentropy = stacked[row], dstacked[row]
     grads = _linear_logprobs_bwd(
         dlogp, dentropy, entropy, hidden, weight, target, bias, logp, *kept, *ctx.call
     )
     needed = ctx.call[-3:]
     dhidden, dweight, dbias = (g if n else None for g, n in zip(grads, needed, strict=True))
-    return dhidden, dweight, None, dbias, *[None] * 8
+    return dhidden, dweight, None, dbias, *[None] * 9
 
 
 _linear_logprobs.register_autograd(_backward, setup_context=_setup_context)
@@ -298,7 +315,7 @@ def check_head(
     target: Tensor,
     bias: Tensor | None,
     memory_budget: int | None,
-    group: Group | None,
+    group: HeadGroup | None,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """Shapes, dtypes and devices that every op over an lm_head asks for."""
@@ -309,7 +326,8 @@ def check_head(
     checks.tensor("weight", weight, dtypes=(hidden.dtype,), ndim=2)
     V = weight.shape[0]
     checks.shape("weight", weight, (V, H), "(V, H)")
-    checks.require(V > 0, "weight", "at least one row", f"shape {tuple(weight.shape)}")
+    some = V > 0 or group is not None  # a rank of a sharded head may hold nothing
+    checks.require(some, "weight", "at least one row", f"shape {tuple(weight.shape)}")
     checks.tensor("target", target, dtypes=(torch.int64,))
     checks.shape("target", target, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
     named = {"weight": weight, "target": target}
@@ -320,8 +338,34 @@ def check_head(
     for name, value in named.items():
         checks.same_device(name, value, "hidden", hidden)
     checks.memory_budget(memory_budget)
-    want = "None: sharded heads are not supported in this version"
-    checks.require(group is None, "group", want, group)
+
+
+def resolve_split(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    memory_budget: int | None,
+    options: LogitOptions,
+    backend: str,
+    group: HeadGroup | None,
+    **others: object,
+) -> VocabParallel | None:
+    """How the head is sharded, after all other checks: with a bare process group a collective."""
+    if group is None:
+        return None
+    want = "torch, native or triton where group is given"
+    checks.require(backend != "reference", "backend", want, repr(backend))
+    same = {
+        "hidden.shape": (hidden.numel() // hidden.shape[-1], hidden.shape[-1]),
+        "hidden.dtype": hidden.dtype,
+        "hidden.requires_grad": wants_grad(hidden),
+        "weight.requires_grad": (wants_grad(weight), wants_grad(bias)),
+        "bias": bias is not None,
+        "memory_budget": memory_budget,
+        "logit options": options,
+        **others,
+    }
+    return shards.resolve(weight, group, same, hidden.numel() // hidden.shape[-1])
 
 
 def wants_grad(value: Tensor | None) -> bool:
@@ -341,7 +385,7 @@ def linear_logprobs(
     memory_budget: int | None = None,
     gradient_bound: float = 0.0,
     backend: str = "auto",
-    group: Group | None = None,
+    group: HeadGroup | None = None,
 ) -> Tensor:
     """Log-probability of each target, in nats, differentiable in hidden, weight and bias.
 
@@ -357,7 +401,13 @@ def linear_logprobs(
         gradient_bound: tokens whose upstream gradient is at most this in magnitude get none, and
             on the CPU cost no backward GEMM; 0 is exact.
         backend: "auto", or one of `available_backends()`.
-        group: process group over which `weight` is sharded along V; not in this version.
+        group: process group over which `weight` and `bias` are sharded along V: each rank passes
+            its rows, in rank order, and the same `hidden` and `target`, which counts the whole
+            vocabulary. All ranks get all log-probs, with the same bits, and the whole gradient of
+            `hidden`; that of `weight` stays local. The gradient that flows in must be the same on
+            all ranks. A bare group exchanges the shards' sizes in every call; with
+            `parallel.vocab_parallel(weight, group)`, made once, no GPU is waited for. A DTensor
+            weight brings its own group, see parallel.py.
     Returns:
         (...) fp32; 0 with zero gradient where target is ignored. Gradients have the dtype of their
         input and are accumulated in fp32. On the CPU the bits of a token's log-prob depend on that
@@ -399,20 +449,21 @@ def linear_logprobs_with_stats(
     memory_budget: int | None = None,
     gradient_bound: float = 0.0,
     backend: str = "auto",
-    group: Group | None = None,
+    group: HeadGroup | None = None,
 ) -> tuple[Tensor, LogprobStats]:
     """`linear_logprobs` and statistics of each token's distribution from the same pass.
 
     Args:
         stats: which of "entropy", "mean_logit", "is_top1", "log_sum_sq_prob"; only those are
-            computed. "entropy" with gradient needs p itself and so always runs in recompute mode;
-            call under torch.no_grad, or leave it out, where it is only logged.
+            computed. A backward pass through "entropy" recomputes, whatever was kept for it; one
+            that does not touch it costs what it does without.
         Others: as `linear_logprobs`.
     Returns:
         log-probs (...) fp32, and LogprobStats of (...) tensors.
     Raises:
         ValueError: as `linear_logprobs`, or an unknown name in `stats`.
     """
+    hidden, weight, target, bias, group = shards.local_tensors(hidden, weight, target, bias, group)
     dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
     check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
     checks.number("gradient_bound", gradient_bound, low=0)
@@ -421,6 +472,7 @@ def linear_logprobs_with_stats(
         checks.choice("stats", name, STATS)
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
     backend = backends.resolve(backend, hidden.device)
+    split = resolve_split(hidden, weight, bias, memory_budget, options, backend, group, stats=stats)
     if backend == "reference":
         logps, values = reference.linear_logprobs_with_stats(
             hidden,
@@ -444,6 +496,7 @@ def linear_logprobs_with_stats(
         float(gradient_bound),
         backend,
         memory_budget,
+        "" if split is None else split.pack(),
         wants_grad(hidden),
         wants_grad(weight),
         wants_grad(bias),

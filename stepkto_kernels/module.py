@@ -8,13 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stepkto_kernels import checks
+from stepkto_kernels import checks, shards
 from stepkto_kernels.backend import BACKENDS
 from stepkto_kernels.config import LogitOptions, StepKTOConfig
 from stepkto_kernels.fused_step_kto import fused_linear_step_kto_loss
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.segments import StepSegments
-from stepkto_kernels.step_kto import KLBaseline, LossNormalizer
+from stepkto_kernels.shards import HeadGroup
+from stepkto_kernels.step_kto import KLBaseline, LossNormalizer, as_scalar
 
 
 class StepKTOLoss(nn.Module):
@@ -30,8 +31,8 @@ class StepKTOLoss(nn.Module):
 
     Args:
         config: options of the loss.
-        temperature, logit_scale, softcap, ignore_index, memory_budget, gradient_bound, backend: as
-            `fused_linear_step_kto_loss`.
+        temperature, logit_scale, softcap, ignore_index, memory_budget, gradient_bound, backend,
+        group: as `fused_linear_step_kto_loss`.
     Raises:
         ValueError: an option out of range.
     """
@@ -50,6 +51,7 @@ class StepKTOLoss(nn.Module):
         memory_budget: int | None = None,
         gradient_bound: float = 0.0,
         backend: str = "auto",
+        group: HeadGroup | None = None,
     ):
         super().__init__()
         LogitOptions(temperature, logit_scale, softcap, ignore_index)
@@ -57,6 +59,7 @@ class StepKTOLoss(nn.Module):
         checks.memory_budget(memory_budget)
         checks.number("gradient_bound", gradient_bound, low=0)
         checks.choice("backend", backend, BACKENDS)
+        shards.check_group(group)
         self.config = config
         self.options = {
             "temperature": temperature,
@@ -66,6 +69,7 @@ class StepKTOLoss(nn.Module):
             "memory_budget": memory_budget,
             "gradient_bound": gradient_bound,
             "backend": backend,
+            "group": group,
         }
         self.register_buffer("running", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))
@@ -126,8 +130,8 @@ class StepKTOLoss(nn.Module):
 
     def observe_baseline(self, baseline: KLBaseline) -> None:
         """Move the running value towards a step's reference points."""
-        values = [torch.as_tensor(z, dtype=torch.float64) for z in baseline]
-        value = torch.stack([z.to(self.running.device) for z in values])
+        device = self.running.device
+        value = torch.stack([as_scalar("baseline", z, device) for z in baseline])
         self._move(value, torch.ones_like(value, dtype=torch.bool))
 
     def observe_metrics(self, metrics: StepKTOMetrics) -> None:

@@ -17,7 +17,8 @@ from stepkto_kernels import checks, segment_loss
 from stepkto_kernels.config import LogitOptions, SegmentOptions
 from stepkto_kernels.metrics import TOTALS
 from stepkto_kernels.rows import LogSumExp, RowGradient, Tile
-from stepkto_kernels.segment_loss import BatchLoss, SegmentIndex
+from stepkto_kernels.segment_loss import BatchLoss
+from stepkto_kernels.segments import SegmentIndex
 
 _native: Any = None
 WHY_NOT: str | None = None

@@ -14,59 +14,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from stepkto_kernels.config import STEP_REDUCTIONS, SegmentOptions
 from stepkto_kernels.metrics import SATURATED
-from stepkto_kernels.segments import StepSegments, sum_by_index, take
-
-
-class SegmentIndex(NamedTuple):
-    """The tensors of a StepSegments in the order in which the custom ops take them."""
-
-    sequence_index: Tensor  # (N,) int32
-    step_index: Tensor  # (N,) int32
-    outcome_label: Tensor  # (B,) int8
-    step_label: Tensor  # (S,) int8
-    step_sequence: Tensor  # (S,) int32
-
-    @classmethod
-    def of(cls, segments: StepSegments) -> SegmentIndex:
-        return cls(
-            segments.sequence_index,
-            segments.step_index,
-            segments.outcome_label,
-            segments.step_label,
-            segments.step_sequence,
-        )
-
-    @property
-    def num_sequences(self) -> int:
-        return self.outcome_label.shape[0]
-
-    @property
-    def num_steps(self) -> int:
-        return self.step_label.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.sequence_index.device
-
-    def of_tokens(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sequence and step of all tokens, or of those at `rows`."""
-        if rows is None:
-            return self.sequence_index, self.step_index
-        return self.sequence_index[rows], self.step_index[rows]
-
-    def labelled_steps(self) -> Tensor:
-        return (self.step_label >= 0) & (self.step_sequence >= 0)  # (S,) bool
-
-    def scored_tokens(self) -> Tensor:
-        """(N,) bool: the token is in a labelled segment; no other token can change the loss."""
-        labelled_sequence = (self.outcome_label >= 0).float()
-        labelled_step = self.labelled_steps().float()
-        either = take(labelled_sequence, self.sequence_index) + take(labelled_step, self.step_index)
-        return either > 0
+from stepkto_kernels.segments import SegmentIndex, sum_by_index, take
 
 
 class BatchLoss(NamedTuple):
@@ -132,6 +85,16 @@ class SegmentBatch:
             self.ratio[level].add_(sum_by_index(clipped, segment, size))
             self.logp[level].add_(sum_by_index(logps, segment, size))
             self.tokens[level].add_(sum_by_index(torch.ones_like(logps), segment, size))
+
+    def all_reduce(self, group: dist.ProcessGroup) -> Tensor:
+        """Add the sums of other ranks; returns the number of scored tokens of all, () fp64."""
+        sums = [x for pair in (self.ratio, self.logp, self.tokens) for x in pair]
+        scored = self.index.scored_tokens().sum(dtype=torch.float64)
+        packed = torch.cat([*sums, scored[None]])
+        dist.all_reduce(packed, group=group)
+        for x, total in zip(sums, packed[:-1].split([len(x) for x in sums]), strict=True):
+            x.copy_(total)
+        return packed[-1]
 
     def scale(self, level: int) -> Tensor:
         """d r / d (sum of log-ratios): 1, or 1 / tokens with length_normalize."""

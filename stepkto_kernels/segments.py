@@ -5,7 +5,8 @@ Letters: N tokens of the batch in one row, B sequences, S steps, T padded length
 sequence.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,77 @@ from stepkto_kernels import checks
 from stepkto_kernels.ops import custom_op
 
 
+class SegmentIndex(NamedTuple):
+    """The tensors of a StepSegments in the order in which the custom ops take them."""
+
+    sequence_index: Tensor  # (N,) int32
+    step_index: Tensor  # (N,) int32
+    outcome_label: Tensor  # (B,) int8
+    step_label: Tensor  # (S,) int8
+    step_sequence: Tensor  # (S,) int32
+
+    @classmethod
+    def of(cls, segments: "StepSegments") -> "SegmentIndex":
+        return cls(
+            segments.sequence_index,
+            segments.step_index,
+            segments.outcome_label,
+            segments.step_label,
+            segments.step_sequence,
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        return self.outcome_label.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        return self.step_label.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.sequence_index.device
+
+    def of_tokens(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sequence and step of all tokens, or of those at `rows`."""
+        if rows is None:
+            return self.sequence_index, self.step_index
+        return self.sequence_index[rows], self.step_index[rows]
+
+    def labelled_steps(self) -> Tensor:
+        return (self.step_label >= 0) & (self.step_sequence >= 0)  # (S,) bool
+
+    def scored_tokens(self) -> Tensor:
+        """(N,) bool: the token is in a labelled segment; no other token can change the loss."""
+        labelled_sequence = (self.outcome_label >= 0).float()
+        labelled_step = self.labelled_steps().float()
+        either = take(labelled_sequence, self.sequence_index) + take(labelled_step, self.step_index)
+        return either > 0
+
+
+class TokenLayout(NamedTuple):
+    """Where the tokens of each sequence are, of those that can change the loss (scored_tokens).
+
+    No shape depends on a value, so making one waits for nothing and compiles into a graph.
+    """
+
+    order: Tensor  # (N,) int64, positions of tokens, sequence after sequence; the others come last
+    lengths: Tensor  # (B + 1,) int64, tokens of sequence -1 (of `validate`d segments 0), 0, 1, ...
+
+    @classmethod
+    def of(cls, index: SegmentIndex) -> "TokenLayout":
+        B = index.num_sequences
+        scored, slot = index.scored_tokens(), index.sequence_index + 1
+        order = torch.where(scored, slot, B + 1).sort(stable=True).indices
+        return cls(order, sum_by_index(scored.double(), slot, B + 1).long())
+
+
 @dataclass(frozen=True, eq=False)
 class StepSegments:
     """Which token belongs to which sequence and step, and how both are labelled.
+
+    Make it on the CPU and move it with `to`: what the fused loss has to know on the host about a
+    batch goes along, and it never waits for a GPU.
 
     Args:
         sequence_index: (N,) int32, sequence of each token, -1 = not scored (prompt, padding).
@@ -33,6 +102,9 @@ class StepSegments:
     outcome_label: Tensor  # (B,) int8
     step_label: Tensor  # (S,) int8
     step_sequence: Tensor  # (S,) int32
+    # Of segments that were made on the CPU and moved: `order` on their device, `lengths` on the
+    # CPU. Not an argument, so that dataclasses.replace does not keep it beside other labels.
+    layout: TokenLayout | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("sequence_index", "step_index", "step_sequence"):
@@ -157,8 +229,17 @@ class StepSegments:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "StepSegments":
-        moved = (getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self))
-        return StepSegments(*moved)
+        index = SegmentIndex.of(self)
+        moved = StepSegments(*(x.to(device, non_blocking=non_blocking) for x in index))
+        layout = self.layout
+        if moved.device.type == "cpu":
+            layout = None
+        elif layout is None and self.device.type == "cpu":
+            layout = TokenLayout.of(index)
+        if layout is not None:
+            order = layout.order.to(device, non_blocking=non_blocking)
+            object.__setattr__(moved, "layout", layout._replace(order=order))
+        return moved
 
     def validate(self) -> "StepSegments":
         """Check the values too; waits for the device.

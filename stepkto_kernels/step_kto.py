@@ -5,6 +5,7 @@ public functions. Letters: N tokens, B sequences, S steps.
 """
 
 import math
+from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from stepkto_kernels import checks, cuda, native, segment_loss
 from stepkto_kernels.config import SegmentOptions, StepKTOConfig
 from stepkto_kernels.metrics import TOTALS, StepKTOMetrics
 from stepkto_kernels.ops import custom_op
-from stepkto_kernels.segment_loss import SegmentBatch, SegmentIndex, mean_over, term_counts
-from stepkto_kernels.segments import StepSegments
+from stepkto_kernels.segment_loss import SegmentBatch, mean_over, term_counts
+from stepkto_kernels.segments import SegmentIndex, StepSegments
+from stepkto_kernels.shards import named_group
 
 Group = torch.distributed.ProcessGroup
 
@@ -56,23 +58,30 @@ def _step_kto(
     n_o: Tensor,
     n_s: Tensor,
     matched: bool,
+    context_group: str,
     options: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss (), metric totals, slopes (B,) and (S,). context_group: its name, "" for none."""
     level = kernels(backend, logps.device)
+    if context_group and level is cuda:  # whose one launch leaves no room for other ranks' sums
+        level = segment_loss
     batch_of = SegmentIndex(*index), SegmentOptions.unpack(options)
     if level is cuda:
         out = cuda.batch_loss(*batch_of, logps, ref_logps, (z_o, z_s), (n_o, n_s), matched)
     else:
         batch = level.SegmentBatch(*batch_of)
         batch.add(logps, ref_logps)
+        tokens = batch.all_reduce(named_group(context_group)) if context_group else None
         baseline = batch.matched_baseline() if matched else (z_o, z_s)
         out = batch.loss(baseline, (n_o, n_s))
+        if tokens is not None:
+            out.totals[TOTALS.index("tokens")] = tokens
     return out.loss.to(logps.dtype), out.totals, out.outcome_slope, out.step_slope
 
 
 @_step_kto.register_fake
-def _(logps, ref_logps, index, z_o, z_s, n_o, n_s, matched, options, backend):  # type: ignore[no-untyped-def]
+def _(logps, ref_logps, index, z_o, z_s, n_o, n_s, matched, context_group, options, backend):  # type: ignore[no-untyped-def]
     wide = lambda *shape: logps.new_empty(shape, dtype=torch.float64)
     outcome_label, step_label = index[2], index[3]
     sizes = (len(TOTALS),), outcome_label.shape, step_label.shape
@@ -115,7 +124,7 @@ def _step_kto_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _step_kto_backward(ctx, dloss, *unused):  # type: ignore[no-untyped-def]
     logps, ref_logps, outcome_slope, step_slope, *index = ctx.saved_tensors
     g = _step_kto_bwd(dloss, logps, ref_logps, index, outcome_slope, step_slope, *ctx.call)
-    return g, None, [None] * len(index), *[None] * 7
+    return g, None, [None] * len(index), *[None] * 8
 
 
 _step_kto.register_autograd(_step_kto_backward, setup_context=_step_kto_setup)
@@ -128,6 +137,8 @@ def step_kto_loss(
     baseline: KLBaseline | None = None,
     config: StepKTOConfig = StepKTOConfig(),  # noqa: B008, frozen
     normalizer: LossNormalizer | None = None,
+    *,
+    context_group: Group | None = None,
 ) -> tuple[Tensor, StepKTOMetrics]:
     """Step-KTO loss of per-token log-probs.
 
@@ -141,6 +152,10 @@ def step_kto_loss(
         normalizer: divisors of the two terms; None counts the labels of this batch. Give global
             counts (`loss_normalizer`, added over micro-batches and ranks) so that micro-batches'
             gradients add up to the gradient of the whole batch.
+        context_group: process group over which the tokens of a sequence are cut (context parallel):
+            `logps` are this rank's, `segments` as parallel.own_segments makes them. Loss, metrics
+            and normalizer are then those of the whole batch on every rank, and the gradient that of
+            the rank's own tokens.
     Returns:
         loss: () dtype of `logps`, differentiable in `logps`; 0 where nothing is labelled.
         metrics: of this batch.
@@ -157,10 +172,17 @@ def step_kto_loss(
         *z,
         *n,
         matched,
+        context_name(context_group),
         config.segment_options().pack(),
         backends.resolve("auto" if logps.dtype == torch.float32 else "torch", logps.device),
     )
     return loss, StepKTOMetrics(totals)
+
+
+def context_name(group: Group | None) -> str:
+    fits = group is None or isinstance(group, Group)
+    checks.require(fits, "context_group", "None or a ProcessGroup", group)
+    return "" if group is None else group.group_name
 
 
 def check_log_probs(
@@ -219,12 +241,71 @@ def as_scalar(
 ) -> Tensor:
     if isinstance(value, Tensor):
         checks.shape(name, value, (), "()")
-        return value.detach().to(device=device, dtype=torch.float64)
+        # not waiting is safe on the way to a device only
+        ahead = device.type != "cpu"
+        return value.detach().to(device=device, dtype=torch.float64, non_blocking=ahead)
     checks.number(name, value, low=low)
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
+@dataclass(frozen=True, eq=False)
+class KLTotals:
+    """Sums behind the reference points, which add up over micro-batches: `a + b`, then `baseline`.
+
+    Args:
+        totals: (4,) fp64: sum and number of the log-ratios of sequences, then those of steps.
+    """
+
+    totals: Tensor
+
+    def __add__(self, other: "KLTotals") -> "KLTotals":
+        return KLTotals(self.totals + other.totals)
+
+    def baseline(self, group: Group | None = None) -> KLBaseline:
+        """max(0, global sum over global count) of all that was added, over `group` if given."""
+        sums = self.totals
+        if group is not None:
+            sums = sums.clone()
+            torch.distributed.all_reduce(sums, group=group)
+        z = (sums[0::2] / sums[1::2].clamp(min=1)).clamp(min=0)
+        return KLBaseline(z[0], z[1])
+
+
 @torch.no_grad()
+def kl_totals(
+    logps: Tensor,
+    ref_logps: Tensor,
+    segments: StepSegments,
+    *,
+    config: StepKTOConfig = StepKTOConfig(),  # noqa: B008, frozen
+    context_group: Group | None = None,
+    labelled_only: bool = False,
+) -> KLTotals:
+    """What `kl_baseline` is made of, for a batch that is scored in several micro-batches.
+
+        baseline = sum(totals[1:], totals[0]).baseline(group)  # totals: of each micro-batch
+
+    Args:
+        context_group: as in `step_kto_loss`; the totals are then the same on all of its ranks, so
+            `baseline` takes the group of data-parallel ranks alone.
+        labelled_only: leave out segments without a label, as reference_point "matched" does with
+            the batch's own.
+        Others: as `kl_baseline`.
+    """
+    check_log_probs(logps, ref_logps, segments, config)
+    batch = SegmentBatch(SegmentIndex.of(segments), config.segment_options())
+    batch.add(logps.reshape(-1), ref_logps.reshape(-1))
+    context_name(context_group)
+    if context_group is not None:
+        batch.all_reduce(context_group)
+    counted = [tokens > 0 for tokens in batch.tokens]
+    if labelled_only:
+        labelled = segments.outcome_label >= 0, SegmentIndex.of(segments).labelled_steps()
+        counted = [some & known for some, known in zip(counted, labelled, strict=True)]
+    parts = [mean_over(batch.r(level), counted[level]) for level in (0, 1)]
+    return KLTotals(torch.stack([value for part in parts for value in part]))
+
+
 def kl_baseline(
     logps: Tensor,
     ref_logps: Tensor,
@@ -237,7 +318,7 @@ def kl_baseline(
 
     Pass the log-probs of mismatched pairs (the prompt of one example, the completion of another)
     for KTO's estimate of the KL divergence. Labels are not looked at; segments without tokens are
-    left out. Global sum over global count where `group` is given.
+    left out. Global sum over global count where `group` is given. `kl_totals` does it in parts.
 
     Args:
         logps, ref_logps: (...) fp32 or fp64 with N elements, nats.
@@ -249,15 +330,7 @@ def kl_baseline(
     Raises:
         ValueError: shape, dtype or device differs.
     """
-    check_log_probs(logps, ref_logps, segments, config)
-    batch = SegmentBatch(SegmentIndex.of(segments), config.segment_options())
-    batch.add(logps.reshape(-1), ref_logps.reshape(-1))
-    parts = [mean_over(batch.r(level), batch.tokens[level] > 0) for level in (0, 1)]
-    sums = torch.stack([value for part in parts for value in part])
-    if group is not None:
-        torch.distributed.all_reduce(sums, group=group)
-    z = (sums[0::2] / sums[1::2].clamp(min=1)).clamp(min=0)
-    return KLBaseline(z[0], z[1])
+    return kl_totals(logps, ref_logps, segments, config=config).baseline(group)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from stepkto_kernels import StepKTOConfig, StepSegments, cuda, segment_loss, step_kto, step_kto_loss
-from stepkto_kernels.segment_loss import SegmentIndex
+from stepkto_kernels.segments import SegmentIndex
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 # fp64 sums of at most 3000 numbers in another order: 3000 * 2**-53 of their sizes' sum, which is

@@ -93,6 +93,8 @@ def test_parse_row() -> None:
     expected = StepKTOExample(({"role": "user", "content": "é"},), ("a",), (), None)
     assert example == expected
     assert not example.has_steps
+    row["completion"] = [{"role": "assistant", "content": "a"}]  # TRL's conversational rows
+    assert parse_row(row, "here") == expected
     assert STEPS.has_steps
 
 
@@ -133,7 +135,9 @@ MALFORMED = [
     (GOOD, {"label": "yes"}, "label: want true, false or null, got 'yes'"),
     (GOOD, {"completion": "ab"}, "completions: want no such field beside completion"),
     (GOOD_KTO, {"completion": MISSING}, "completions: want a list, .* got no such field"),
-    (GOOD_KTO, {"completion": ["a"]}, "completion: want a string, got "),
+    (GOOD_KTO, {"completion": ["a"]}, r"completion\[0\]: want a message with the keys"),
+    (GOOD_KTO, {"completion": [{"role": "user", "content": "a"}]}, "completion: want one message"),
+    (GOOD_KTO, {"completion": 3}, "completion: want a string, got 3"),
     (GOOD_KTO, {"labels": [True]}, "labels: want no such field beside completion"),
     (GOOD_KTO, {"label": MISSING}, "label: want true, false or null, got no such field"),
 ]

@@ -24,6 +24,7 @@ from stepkto_kernels import (
     step_kto_loss,
 )
 from stepkto_kernels.fused_step_kto import pack_sequences, token_blocks
+from stepkto_kernels.segments import TokenLayout
 
 V = 150
 ALL = ("hidden", "weight", "bias")
@@ -741,7 +742,9 @@ def test_token_blocks(seed):
     """Every token once, whole sequences together, tokens of a sequence in their order."""
     generator = torch.Generator().manual_seed(seed)
     sequence_index = torch.randint(0, 9, (70,), generator=generator).int()
-    blocks = token_blocks(sequence_index, capacity=20)
+    lengths = sequence_index.bincount(minlength=9)
+    layout = TokenLayout(sequence_index.sort(stable=True).indices, lengths)
+    blocks = token_blocks(layout, capacity=20)
     assert sorted(torch.cat(blocks).tolist()) == list(range(70))
     held = [set(sequence_index[block].tolist()) for block in blocks]
     assert sum(len(sequences) for sequences in held) == len(set().union(*held))
@@ -749,4 +752,4 @@ def test_token_blocks(seed):
         for i in set(sequence_index[block].tolist()):
             mine = block[sequence_index[block] == i]
             assert torch.equal(mine, mine.sort().values)
-    assert token_blocks(sequence_index[:0], capacity=20) == []
+    assert token_blocks(TokenLayout(sequence_index[:0], 0 * lengths), capacity=20) == []

@@ -9,7 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepkto_kernels import linear_logprobs, plan, reference
+from stepkto_kernels import (
+    StepKTOConfig,
+    fused_linear_step_kto_loss,
+    linear_logprobs,
+    plan,
+    reference,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -138,6 +144,20 @@ def test_a_row_has_the_same_bits_in_every_batch(head_problem, monkeypatch):
             assert torch.equal(run(slice(1000 - n, None)), whole[1000 - n :])
 
 
+def capture(step):
+    """A CUDA graph of step(), and the tensors that a replay writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_cuda_graph(head_problem, gemm, mode):
     """Nothing waits for the device or allocates outside of the graph's pool."""
@@ -159,15 +179,7 @@ def test_cuda_graph(head_problem, gemm, mode):
         )
         return (logps.detach(), *grads)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         hidden.copy_(torch.randn_like(hidden))
     graph.replay()
@@ -213,6 +225,66 @@ def test_no_wait_for_the_device(head_problem, gemm, mode):
         step()
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.fixture
+def fused_step(head_problem, layout, long):
+    """Maker of a function that returns the fused loss and its gradients, and of its inputs."""
+
+    def fused_step(rows, made_on="cpu"):
+        segments = layout(long, "interleaved").to("cuda")
+        if made_on == "cuda":
+            segments = replace(segments, outcome_label=segments.outcome_label.clone())
+        problem = head_problem(N=segments.num_tokens, V=3000, H=128, dtype=torch.bfloat16)
+        problem = problem.to("cuda")
+        leaves = [x.detach().clone().requires_grad_() for x in (problem.hidden, problem.weight)]
+        ref_logps = torch.full((segments.num_tokens,), -8.0, device="cuda")
+
+        def step():
+            loss, metrics = fused_linear_step_kto_loss(
+                *(*leaves, problem.target, segments, ref_logps),
+                config=StepKTOConfig(reference_point="zero"),
+                memory_budget=rows * 3000 * 4,
+                backend="triton",
+            )
+            return loss.detach(), metrics.totals, *torch.autograd.grad(loss, leaves)
+
+        return step, leaves
+
+    return fused_step
+
+
+# Sequences of 3, 42, 3 and 20 tokens: in one block, in several, and one longer than a block.
+ROWS = {"one block": 1000, "several": 50, "longer than a block": 16}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_fused_loss_does_not_wait(fused_step, gemm, rows):
+    step, _ = fused_step(rows)
+    step()  # compiles, which may wait
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_fused_loss_of_segments_made_on_either_device(fused_step, gemm, rows):
+    here, there = (fused_step(rows, made_on)[0]() for made_on in ("cpu", "cuda"))
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_cuda_graph_of_the_fused_loss(fused_step, gemm, rows):
+    step, leaves = fused_step(rows)
+    graph, captured = capture(step)
+    with torch.no_grad():
+        leaves[0].copy_(torch.randn_like(leaves[0]))
+    graph.replay()
+    for got, wanted in zip(captured, step(), strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_compiled(head_problem):

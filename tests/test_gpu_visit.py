@@ -77,10 +77,13 @@ def test_commands_of_the_parts_are_accepted(visit):
     """By the parser of the benchmark runner; of the others that the program is there."""
     import argparse
 
-    from stepkto_kernels.bench import runner
+    from stepkto_kernels.bench import runner, tune
 
-    parser = argparse.ArgumentParser()
+    parser, tuner = argparse.ArgumentParser(), argparse.ArgumentParser()
     runner.add_arguments(parser)
+    tune.add_arguments(tuner)
+    command = visit.PARTS["tune"].command
+    assert len(tuner.parse_args(command[command.index("tune") + 1 :]).shapes) == 2
     for part in visit.PARTS.values():
         if "bench" in part.command:
             args = parser.parse_args(part.command[part.command.index("bench") + 1 :])

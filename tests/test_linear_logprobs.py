@@ -558,7 +558,7 @@ def test_entropy_gradient(
 
         return value
 
-    # an explicit budget must not lead to the cached mode, which keeps too little for the entropy
+    # what the frozen and, for this budget, the cached mode keep is too little for the entropy
     call = {"memory_budget": 10**9, "backend": backend}
     ours = evaluate(regularised(linear_logprobs_with_stats), problem, needs, **call)
     theirs = regularised(reference.linear_logprobs_with_stats)
@@ -701,6 +701,18 @@ def test_gemm_units(run, head_problem, gemm_flops, mode, units, ignored):
     problem = replace(problem, upstream=torch.ones(problem.target.shape), bias=torch.zeros(640))
     assert (problem.target >= 0).sum() == 80
     assert gemm_flops(lambda: run(problem, mode)) == units * 2 * 80 * 640 * 64
+
+
+@pytest.mark.parametrize(("needs", "units"), [(("hidden",), 2), (("hidden", "weight"), 3)])
+def test_an_entropy_that_is_only_logged_costs_no_gemm(
+    evaluate, head_problem, gemm_flops, backend, needs, units
+):
+    problem = head_problem(N=80, V=640, ignored="none")
+    problem = replace(problem, upstream=torch.ones(80))
+    logged = lambda *args, **call: linear_logprobs_with_stats(*args, stats=("entropy",), **call)[0]
+    call = {"memory_budget": budget(problem, 80), "backend": backend}
+    flops = gemm_flops(lambda: evaluate(logged, problem, needs, **call))
+    assert flops == units * 2 * 80 * 640 * 64
 
 
 def test_tokens_without_an_upstream_gradient_cost_no_backward_gemm(run, head_problem, gemm_flops):

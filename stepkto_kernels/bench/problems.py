@@ -130,10 +130,11 @@ def batch_layout(N: int, device: str) -> StepSegments:
     """N tokens as sequences of equal length, K steps each, right and wrong ones mixed."""
     T = sequence_length(N)
     B, K = N // T, min(STEPS, T)
-    step_ids = (torch.arange(T, device=device) * K // T).expand(B, T)
-    label = torch.arange(B, device=device) % 2
-    step_label = (torch.arange(B * K, device=device) % 3 > 0).long().view(B, K)
-    return StepSegments.from_padded(step_ids, torch.ones_like(step_ids), label, step_label)
+    step_ids = (torch.arange(T) * K // T).expand(B, T)
+    label = torch.arange(B) % 2
+    step_label = (torch.arange(B * K) % 3 > 0).long().view(B, K)
+    made = StepSegments.from_padded(step_ids, torch.ones_like(step_ids), label, step_label)
+    return made.to(device)  # on a GPU the fused loss would wait for segments that were made there
 
 
 def make_problem(suite: str, shape: Shape, dtype: torch.dtype, device: str) -> HeadProblem:

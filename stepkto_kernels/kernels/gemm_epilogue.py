@@ -7,8 +7,9 @@
 Both share one persistent main loop over hidden (n, H) and weight (v, H) with unit stride along H:
 tiles in groups of rows so that what is read stays in the L2 cache, operands through tensor
 descriptors (TMA) where the architecture has them and the strides allow it, through pointers
-elsewhere. A row's bits depend on the tile shapes only, which are fixed for an architecture and the
-options of the logits: not on the batch, its position in it, or the number of multiprocessors.
+elsewhere. A row's bits depend on the tile shapes only, which are fixed for a device and the options
+of the logits, by SHAPES or by the file of tiles.py: not on the batch, its position in it, or the
+number of multiprocessors.
 There are no atomics and no locks.
 
 Letters: n tokens, H hidden size, v vocabulary columns, T tiles along v.
@@ -27,6 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepkto_kernels.config import LogitOptions
+from stepkto_kernels.kernels import tiles
 from stepkto_kernels.kernels.rows import (
     INTERPRETED,
     LOWEST,
@@ -38,20 +40,8 @@ from stepkto_kernels.kernels.rows import (
     stat_arguments,
     transform,
 )
+from stepkto_kernels.kernels.tiles import Device, Key, TileShape
 from stepkto_kernels.rows import RowGradient
-
-
-@dataclass(frozen=True)
-class TileShape:
-    """Tile of a program and how it is compiled."""
-
-    BLOCK_M: int  # tokens
-    BLOCK_N: int  # vocabulary columns
-    BLOCK_K: int  # of the hidden size at a time
-    num_warps: int
-    num_stages: int
-    GROUP_M: int = 8  # tiles of tokens that share a pass over the vocabulary
-
 
 # By compute capability (major * 10) and whether descriptors are used. Compiled without a spill for
 # each (tests/test_compile.py); chosen on paper (benchmarks/ROOFLINE.md) and not measured yet.
@@ -306,15 +296,39 @@ def _dlogits_kernel(
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, int]:
-    """Key of SHAPES and number of multiprocessors.
+def _device(index: int | None) -> tuple[int, int]:
+    """Key of SHAPES and number of programs.
 
     An architecture that is not listed, sm_120 for one, is taken as sm_80, whose tiles fit the
     99 KiB of shared memory that every GPU since has.
     """
+    if INTERPRETED:
+        return 0, INTERPRETED_PROGRAMS
     properties = torch.cuda.get_device_properties(index)
     known = {9: 90, 10: 100}.get(properties.major, 80)
     return known, properties.multi_processor_count
+
+
+@functools.cache
+def identity(index: int | None) -> Device:
+    """What measurements on a device hold for."""
+    if INTERPRETED:
+        return Device("interpreter", [0, 0], triton.__version__)
+    properties = torch.cuda.get_device_properties(index)
+    capability = [properties.major, properties.minor]
+    return Device(properties.name, capability, triton.__version__)
+
+
+@functools.cache
+def tuned(index: int | None) -> dict[Key, TileShape]:
+    """Of the file that STEPKTO_TUNED names, which is read once for a device."""
+    path = tiles.named_file()
+    return {} if path is None else tiles.read(path, identity(index))
+
+
+def ways_to_read(device: torch.device) -> tuple[bool, ...]:
+    """Whether operands may come through descriptors on a device, and through pointers."""
+    return (False, True) if _device(device.index)[0] >= 90 else (False,)
 
 
 def tile_shape(capability: int, descriptors: bool, dtype: torch.dtype, kind: str) -> TileShape:
@@ -324,6 +338,11 @@ def tile_shape(capability: int, descriptors: bool, dtype: torch.dtype, kind: str
     if dtype == torch.float32:
         return FP32_SHAPE
     return SHAPES[capability, descriptors][kind]
+
+
+def default_shape(device: torch.device, key: Key) -> TileShape:
+    capability = _device(device.index)[0]
+    return tile_shape(capability, key.descriptors, getattr(torch, key.dtype), key.kind)
 
 
 def _describable(x: Tensor) -> bool:
@@ -347,17 +366,21 @@ class Launch:
     options: LogitOptions
     kind: str  # of tile_shape
     descriptors: bool | None = None  # None: where the architecture and the strides have them
+    shape: TileShape | None = None  # None: the one for this device
 
     def resolve(self) -> tuple[TileShape, bool, int]:
         """Tile shape, whether descriptors are used, number of programs."""
-        capability, programs = 0, INTERPRETED_PROGRAMS
-        if not INTERPRETED:
-            capability, programs = _device(self.hidden.device.index)
+        index, dtype = self.hidden.device.index, self.hidden.dtype
+        capability, programs = _device(index)
         descriptors = self.descriptors
         if descriptors is None:
             possible = _describable(self.hidden) and _describable(self.weight)
-            descriptors = capability >= 90 and possible and self.hidden.dtype != torch.float32
-        shape = tile_shape(capability, descriptors, self.hidden.dtype, self.kind)
+            descriptors = capability >= 90 and possible and dtype != torch.float32
+        shape = self.shape
+        if shape is None:
+            key = Key(self.kind, str(dtype).removeprefix("torch."), descriptors)
+            default = tile_shape(capability, descriptors, dtype, self.kind)
+            shape = tuned(index).get(key, default)
         n, v = self.hidden.shape[0], self.weight.shape[0]
         tiles = triton.cdiv(n, shape.BLOCK_M) * triton.cdiv(v, shape.BLOCK_N)
         return shape, descriptors, min(programs, tiles)
@@ -407,6 +430,7 @@ def forward(
     options: LogitOptions,
     stats: tuple[str, ...],
     descriptors: bool | None = None,
+    shape: TileShape | None = None,
 ) -> Fold:
     """1 unit. A Fold of all tokens and the whole vocabulary, to be finished.
 
@@ -415,7 +439,7 @@ def forward(
     """
     plain = _is_plain(options, bias) and not any(stat_arguments(stats).values())
     kind = "forward" if plain else "narrow"
-    launch = Launch(hidden, weight, target, bias, options, kind, descriptors)
+    launch = Launch(hidden, weight, target, bias, options, kind, descriptors, shape)
     V = weight.shape[0]
     tiles = triton.cdiv(V, launch.resolve()[0].BLOCK_N)
     fold = Fold(hidden.shape[0], tiles, V, stats, options, hidden.device)
@@ -434,6 +458,7 @@ def dlogits(
     options: LogitOptions,
     out: Tensor,
     descriptors: bool | None = None,
+    shape: TileShape | None = None,
 ) -> Tensor:
     """1 unit. Gradient of the loss in hidden @ weight.T + bias, into out (n, v) of any dtype.
 
@@ -442,7 +467,7 @@ def dlogits(
     if out.numel():
         plain = _is_plain(options, bias) and row.dentropy is None
         kind = "dlogits" if plain else "narrow"
-        launch = Launch(hidden, weight, target, bias, options, kind, descriptors)
+        launch = Launch(hidden, weight, target, bias, options, kind, descriptors, shape)
         tensors, flags = gradient_arguments(row)
         launch(_dlogits_kernel, *tensors, out, v0=v0, stride_d=out.stride(0), **flags)
     return out

@@ -7,9 +7,9 @@ A row is one JSON object on a line of a file, or one row of a datasets.Dataset:
 
 `prompt` is a string or a list of {"role", "content"} messages; `labels` has true, false or null for
 each of the steps in `completions`; `label` is the outcome, true, false or null. A KTO row, with a
-string `completion` in place of `completions` and `labels`, is one text without steps. Fields that
-are null count as absent (`label` excepted) and other fields are ignored. TRL's conversational rows
-have a `completion` of one message of the assistant, whose text it is then.
+`completion` in place of `completions` and `labels`, is one text without steps: a string, or as in
+TRL's conversational rows a list of one assistant message. Fields that are null count as absent
+(`label` excepted) and other fields are ignored.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def _check_label_count(labels: Sequence[Any], completions: Sequence[Any]) -> Non
         raise ValueError(f"labels: want one label for each of {wanted} completions, got {got}")
 
 
-def _check_messages(messages: object, name: str = "prompt") -> None:
-    if not isinstance(messages, tuple) or not messages:
-        raise _bad(name, "a string or a sequence of at least one message", messages)
-    for index, message in enumerate(messages):
+def _check_messages(prompt: object, name: str = "prompt") -> None:
+    if not isinstance(prompt, tuple) or not prompt:
+        raise _bad(name, "a string or a sequence of at least one message", prompt)
+    for index, message in enumerate(prompt):
         field = f"{name}[{index}]"
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise _bad(field, "a message with the keys role and content", message)
@@ -140,7 +140,8 @@ def _parse_fields(row: object) -> StepKTOExample:
         for field in ("completions", "labels"):
             if row.get(field) is not None:
                 raise _bad(field, "no such field beside completion", row[field])
-        return StepKTOExample(prompt, (_parse_completion(row["completion"]),), (), row["label"])
+        completion = _parse_completion(row["completion"])
+        return StepKTOExample(prompt, (completion,), (), row["label"])
     completions, labels = _list_field(row, "completions"), _list_field(row, "labels")
     # An example without any labels is a KTO example; a row with its labels missing is a mistake.
     _check_label_count(labels, completions)
@@ -168,7 +169,7 @@ def _parse_completion(completion: Any) -> str:
         messages = _parse_messages(completion)
         _check_messages(messages, "completion")
         if [message["role"] for message in messages] != ["assistant"]:
-            raise _bad("completion", "a string or one message of the assistant", completion)
+            raise _bad("completion", "one message with role assistant", completion)
         return messages[0]["content"]
     _check_text("completion", completion)
     return completion

@@ -49,6 +49,22 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "".join(map(line, [cells[0], rule, *cells[1:]]))
 
 
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """A page with its tables written between `<!-- begin: name -->` and `<!-- end: name -->`.
+
+    Raises:
+        ValueError: it lacks the marks of a table.
+    """
+    for name, table in tables.items():
+        begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        marks = f"the marks {begin.strip()} and {end}"
+        checks.require(bool(found and closed), "text", marks, "neither or one")
+        text = before + begin + table + end + after
+    return text
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, blank lines left out.
 

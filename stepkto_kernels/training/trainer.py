@@ -39,12 +39,17 @@ from stepkto_kernels.integrations.transformers import (
 )
 from stepkto_kernels.metrics import StepKTOMetrics
 from stepkto_kernels.module import StepKTOLoss
-from stepkto_kernels.step_kto import KLBaseline, LossNormalizer, loss_normalizer
+from stepkto_kernels.step_kto import (
+    KLBaseline,
+    KLTotals,
+    LossNormalizer,
+    kl_totals,
+    loss_normalizer,
+)
 from stepkto_kernels.training import head_calls
 from stepkto_kernels.training.arguments import StepKTOArguments
 from stepkto_kernels.training.batch import TrainerCollator, mismatched_pairs, unlabelled
 from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset
-from stepkto_kernels.training.kl import kl_baseline_of, kl_totals
 from stepkto_kernels.training.models import add_adapter, disable_dropout, load_model
 from stepkto_kernels.training.reference_logps import sharded_batches
 from stepkto_kernels.training.reference_model import ReferenceModel
@@ -279,13 +284,20 @@ class StepKTOTrainer(Trainer):
 
     def _baseline(self, model: nn.Module, batches: Sequence[Batch]) -> KLBaseline:
         """Mean log-ratios of batches on all ranks, of sequences and of steps, at least 0."""
-        totals = torch.stack([self._kl_totals(model, batch) for batch in batches]).sum(0)
-        return kl_baseline_of(self._sum_over_ranks(totals))
+        parts = [self._kl_totals(model, batch) for batch in batches]
+        totals = sum(parts[1:], parts[0]).totals
+        return KLTotals(self._sum_over_ranks(totals)).baseline()
 
-    def _kl_totals(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _kl_totals(self, model: nn.Module, batch: Batch) -> KLTotals:
         ref_logps = self.reference.log_probs(model, batch)
         logps = head_calls.token_logps(model, batch, self._logit_options)
-        return kl_totals(logps, ref_logps, batch["segments"], self.loss_fn.config)
+        return kl_totals(
+            logps,
+            ref_logps,
+            batch["segments"],
+            config=self.loss_fn.config,
+            labelled_only=self.loss_fn.config.reference_point == "matched",
+        )
 
     def _running_baseline(self) -> KLBaseline:
         if not self._warned:
@@ -417,13 +429,14 @@ class StepKTOTrainer(Trainer):
     def _dataset_baseline(self, model: nn.Module, dataset: StepKTODataset) -> KLBaseline:
         """As `_baseline`, of a dataset that all ranks have."""
         args = self.args
-        totals = torch.zeros(4, dtype=torch.float64, device=args.device)
+        totals = KLTotals(torch.zeros(4, dtype=torch.float64, device=args.device))
         for indices, own in sharded_batches(
             dataset, args.eval_batch_size, args.process_index, args.world_size
         ):
             batch = self._to_device(self.collate([dataset[i] for i in indices]))
-            totals += own * self._kl_totals(model, batch)
-        return kl_baseline_of(self._sum_over_ranks(totals))
+            found = self._kl_totals(model, batch)  # by all ranks, as models may be sharded
+            totals = totals + found if own else totals
+        return KLTotals(self._sum_over_ranks(totals.totals)).baseline()
 
     def _without_repeated(self, inputs: Batch) -> Batch:
         """The last batch, without labels where accelerate repeats examples to fill all ranks'."""
