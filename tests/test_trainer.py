@@ -174,6 +174,7 @@ def make(tmp_path, tokenizer) -> Callable[..., StepKTOTrainer]:
             "train_sampling_strategy": "sequential",
             "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,  # gradients are seen after the clipping
             "num_train_epochs": 1,
             "logging_steps": 1,
             "save_strategy": "no",
@@ -250,6 +251,7 @@ def test_every_option_of_the_loss(models, rows, examples, step, config, padding_
     assert_exact(found.gradients[0], want)
 
 
+EAGER = {"Gemma2", "eager"}  # whose softmax is in fp32 whatever the model is in
 PACKING = {
     "Gemma2": {"final_logit_softcapping": 0.5, "head_dim": 8, "sliding_window": 3},
     "Phi": {},
@@ -265,7 +267,10 @@ def test_packed_equals_padded(models, rows, examples, step, family):
     for padding_free in (False, True):
         twin = copy.deepcopy(policy)
         found = step(twin, ref, rows(8), batch=4, split=2, padding_free=padding_free, **EXACT)
-        assert_exact(found.gradients[0], want)
+        if EAGER & {family, PACKING[family].get("attn_implementation")}:
+            assert difference(found.gradients[0], want) <= 64 * 2**-24 * largest(want)
+        else:
+            assert_exact(found.gradients[0], want)
 
 
 def test_packing_is_refused_where_sequences_would_run_into_each_other(models, rows, make):
@@ -302,7 +307,8 @@ def test_a_model_equals_itself_to_the_bit(tiny_model, rows, step, mixed, precomp
         precompute_ref_log_probs=precompute,
         per_device_eval_batch_size=8,
     ).steps[0]
-    assert found["outcome_loss"] == found["step/loss"] == 0.5
+    half = pytest.approx(0.5, rel=4 * 2**-53)  # a mean of halves and thirds
+    assert found["outcome_loss"] == half and found["step/loss"] == half
     assert found["loss"] == 1.0
     for level in ("", "step/"):
         assert found[f"{level}kl"] == 0.0
@@ -310,9 +316,12 @@ def test_a_model_equals_itself_to_the_bit(tiny_model, rows, step, mixed, precomp
     assert found["grad_norm"] > 0
 
 
-def test_fp16_is_refused_by_accelerate_on_the_cpu(tiny_model, rows, make):
-    with pytest.raises(ValueError, match="fp16 mixed precision requires a GPU"):
-        make(tiny_model(), rows=rows(2), fp16=True)
+def test_fp16(models, rows, examples, step):
+    policy, ref = models(torch.float32)
+    want = gradients_of(policy, oracle(policy, ref, examples(rows(8)), StepKTOConfig()))
+    found = step(policy, ref, rows(8), fp16=True).gradients[0]
+    # the loss scale has been taken out, and a rounding is 2**-11
+    assert difference(found, want) <= 32 * 2**-11 * largest(want)
 
 
 def test_mixture_of_experts(models, rows, examples, step):
@@ -1061,7 +1070,7 @@ def test_wrong_arguments(tiny_model, rows, make, monkeypatch):
         make(torch.nn.Linear(2, 2), None, rows(2))
     with pytest.raises(ValueError, match="^dataset: want at least one example"):
         make(model, None, [])
-    with pytest.raises(ValueError, match="^tokenizer: want a fast tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer: want a fast tokenizer"):
         make(model, None, rows(2), processing_class=object())
 
 
@@ -1152,7 +1161,9 @@ def test_a_saved_adapter_loads_into_the_base_model(tiny_model, rows, make, tmp_p
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
-    assert len(names) == 2 * 3 and all("lora_" in name for name in names)
+    # of a head with an adapter, PEFT saves the weight beneath too
+    adapters = [name for name in names if not name.endswith("lm_head.base_layer.weight")]
+    assert len(adapters) == 2 * 3 and all("lora_" in name for name in adapters)
     again = peft.PeftModel.from_pretrained(tiny_model(2), tmp_path / "adapter")
     ids = torch.randint(3, 24, (2, 7))
     with torch.no_grad():

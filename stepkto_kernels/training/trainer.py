@@ -9,7 +9,6 @@ see it.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import warnings
@@ -151,14 +150,14 @@ class StepKTOTrainer(Trainer):
         config = causal_lm(policy).config
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(config._name_or_path)
-        encoded = functools.partial(encode, tokenizer=processing_class, args=args)
+        encoded = [encode(rows, processing_class, args) for rows in (train_dataset, eval_dataset)]
         self.collate = collator(processing_class, config, args)
         super().__init__(
             model=policy,
             args=args,
             data_collator=self.collate,
-            train_dataset=encoded(train_dataset),
-            eval_dataset=encoded(eval_dataset),
+            train_dataset=encoded[0],
+            eval_dataset=encoded[1],
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
