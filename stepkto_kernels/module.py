@@ -31,8 +31,8 @@ class StepKTOLoss(nn.Module):
 
     Args:
         config: options of the loss.
-        temperature, logit_scale, softcap, ignore_index, memory_budget, backend, group: as
-            `fused_linear_step_kto_loss`.
+        temperature, logit_scale, softcap, ignore_index, memory_budget, gradient_bound, backend,
+        group: as `fused_linear_step_kto_loss`.
     Raises:
         ValueError: an option out of range.
     """
@@ -49,6 +49,7 @@ class StepKTOLoss(nn.Module):
         softcap: float | None = None,
         ignore_index: int = -100,
         memory_budget: int | None = None,
+        gradient_bound: float = 0.0,
         backend: str = "auto",
         group: HeadGroup | None = None,
     ):
@@ -56,6 +57,7 @@ class StepKTOLoss(nn.Module):
         LogitOptions(temperature, logit_scale, softcap, ignore_index)
         checks.instance("config", config, StepKTOConfig)
         checks.memory_budget(memory_budget)
+        checks.number("gradient_bound", gradient_bound, low=0)
         checks.choice("backend", backend, BACKENDS)
         shards.check_group(group)
         self.config = config
@@ -65,6 +67,7 @@ class StepKTOLoss(nn.Module):
             "softcap": softcap,
             "ignore_index": ignore_index,
             "memory_budget": memory_budget,
+            "gradient_bound": gradient_bound,
             "backend": backend,
             "group": group,
         }

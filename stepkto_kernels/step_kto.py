@@ -279,6 +279,7 @@ def kl_totals(
     *,
     config: StepKTOConfig = StepKTOConfig(),  # noqa: B008, frozen
     context_group: Group | None = None,
+    labelled_only: bool = False,
 ) -> KLTotals:
     """What `kl_baseline` is made of, for a batch that is scored in several micro-batches.
 
@@ -287,6 +288,8 @@ def kl_totals(
     Args:
         context_group: as in `step_kto_loss`; the totals are then the same on all of its ranks, so
             `baseline` takes the group of data-parallel ranks alone.
+        labelled_only: leave out segments without a label, as reference_point "matched" does with
+            the batch's own.
         Others: as `kl_baseline`.
     """
     check_log_probs(logps, ref_logps, segments, config)
@@ -295,7 +298,11 @@ def kl_totals(
     context_name(context_group)
     if context_group is not None:
         batch.all_reduce(context_group)
-    parts = [mean_over(batch.r(level), batch.tokens[level] > 0) for level in (0, 1)]
+    counted = [tokens > 0 for tokens in batch.tokens]
+    if labelled_only:
+        labelled = segments.outcome_label >= 0, SegmentIndex.of(segments).labelled_steps()
+        counted = [some & known for some, known in zip(counted, labelled, strict=True)]
+    parts = [mean_over(batch.r(level), counted[level]) for level in (0, 1)]
     return KLTotals(torch.stack([value for part in parts for value in part]))
 
 

@@ -479,3 +479,69 @@ def assert_head_within_bound(rounding_scale) -> Callable[..., None]:
             )
 
     return check
+
+
+# ---- training ---------------------------------------------------------------------------------
+
+WORDS = [f"w{i}" for i in range(20)]
+
+
+@pytest.fixture(scope="session")
+def row() -> Callable[[int], dict]:
+    """Training row number i; steps and labels differ in number, kind and length."""
+
+    def row(i: int) -> dict:
+        word = lambda k: WORDS[(7 * i + 3 * k) % len(WORDS)]
+        prompt = " ".join(word(k) for k in range(2 + i % 4)) + "\n"
+        label = (True, False, None)[i % 3 if i % 5 == 0 else i % 2]
+        if i % 6 == 5:
+            return {"prompt": prompt, "completion": f"{word(5)} {word(6)}", "label": label}
+        steps = [f"{word(j)} " * (1 + (i + j) % 4) + "\n" for j in range(1 + i % 4)]
+        labels = [(True, False, None)[(i + j) % 3] for j in range(len(steps))]
+        return {"prompt": prompt, "completions": steps, "labels": labels, "label": label}
+
+    return row
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A word a token: <pad>, <eos>, <unk>, newline, w0 to w19."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "\n", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+TINY = {
+    **{"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "tie_word_embeddings": False},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Maker of causal language models of any family with random weights."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(seed: int = 0, std: float = 0.3, family: str = "Llama", **options):
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{family}Config")(**TINY | options)
+        config._experts_implementation = "eager"  # the grouped products take no fp64
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=std)
+                elif "bias" in name:
+                    parameter.normal_(std=0.1)
+        return model
+
+    return make

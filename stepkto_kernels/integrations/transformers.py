@@ -11,9 +11,11 @@ Letters: B sequences, T length, H hidden size, V vocabulary, r rank of an adapte
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -78,25 +80,43 @@ def route_head(model: nn.Module) -> PreTrainedModel:
     Returns:
         the causal language model that was changed, without PEFT's wrapper.
     Raises:
-        ValueError: as `causal_lm`, or the head is of a kind that has no weight of its own.
+        ValueError: as `causal_lm`, the head is of a kind that has no weight of its own, or PEFT
+            puts virtual tokens in front of the text.
     """
     inner = causal_lm(model)
+    peft_config = getattr(model, "active_peft_config", None)
+    virtual = getattr(peft_config, "is_prompt_learning", False)
+    want = "an adapter without virtual tokens, as LoRA"
+    checks.require(not virtual, "peft_config", want, type(peft_config).__name__)
     head: Any = inner.get_output_embeddings()
-    # bound methods, which copy.deepcopy binds to the copy
+    _plain_head(head)
     for module, forward in ((head, _head_forward), (inner, _model_forward)):
         if "_forward_before_routing" not in module.__dict__:
             module.__dict__["_forward_before_routing"] = module.forward
-            module.forward = MethodType(forward, module)
-    _plain_head(head)
+            module.forward = _method(module, forward)
     return inner
+
+
+def _method(module: Any, forward: Callable[..., Any]) -> MethodType:
+    """`forward` bound to the module, which copy.deepcopy binds to the copy.
+
+    With the signature of the module's own: generate() looks there for what it can pass.
+    """
+
+    def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    routed.__signature__ = inspect.signature(type(module).forward)  # type: ignore[attr-defined]
+    return MethodType(routed, module)
 
 
 def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     head_fn = kwargs.pop("head_fn", None)
     if head_fn is None:
         return self._forward_before_routing(*args, **kwargs)
-    for name in ("labels", "logits_to_keep", "return_dict", "use_cache"):
-        kwargs.pop(name, None)  # PEFT passes on None for what was not given
+    ours = ("labels", "logits_to_keep", "use_cache", "return_dict")
+    # PEFT passes on None for what it was not given
+    kwargs = {k: v for k, v in kwargs.items() if v is not None and k not in ours}
     experts = _aux_loss_function(self)
     if experts is not None:
         kwargs["output_router_logits"] = True
@@ -150,8 +170,7 @@ def head_parameters(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Te
     """
     layer, adapters = _plain_head(head)
     weight, bias = layer.weight, layer.bias
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = _compute_dtype(weight)
     hidden = hidden.to(dtype)
     columns, rows = [hidden], [weight.to(dtype)]
     for A, B, scaling, dropout in adapters:
@@ -170,11 +189,9 @@ def _plain_head(head: Any) -> tuple[Any, list[LoRA]]:
     """The linear layer under PEFT's wrappers, and the active LoRAs on it."""
     adapters: list[LoRA] = []
     if hasattr(head, "modules_to_save"):  # PEFT's trained copy of the layer
-        name = head.active_adapter
-        name = name[0] if isinstance(name, (list, tuple)) else name
-        trained = head.modules_to_save
-        use = not head.disable_adapters and name in trained
-        head = trained[name] if use else head.original_module
+        active = [] if head.disable_adapters else head.active_adapters
+        trained = [head.modules_to_save[name] for name in active if name in head.modules_to_save]
+        head = trained[0] if trained else head.original_module
     elif hasattr(head, "base_layer"):
         adapters = _active_loras(head)
         head = head.get_base_layer()
@@ -204,7 +221,7 @@ def _active_loras(layer: Any) -> list[LoRA]:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: nn.Module, backend: str = "auto") -> None:
     """Compare a few log-probs through `route_head` with those of the model's own logits.
 
     A family that does something to its logits which logit_options does not know would train on a
@@ -214,31 +231,85 @@ def check_head(model: nn.Module) -> None:
         ValueError: they differ by more than rounding in the model's dtype.
     """
     inner = route_head(model)
-    embedding: Any = inner.get_input_embeddings()
-    device = embedding.weight.device
-    training = model.training
-    model.eval()
-    V = inner.config.get_text_config().vocab_size
-    ids = torch.arange(1, 1 + CHECKED_TOKENS, device=device)[None] % V
-    try:
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        fn = functools.partial(
-            _target_logps, target=ids[:, 1:], options=logit_options(inner.config)
-        )
-        ours = model(input_ids=ids, head_fn=fn).value
-    finally:
-        model.train(training)
+    ids = _checked_ids(inner)
+    logps = functools.partial(_checked_logps, model, inner, backend)
+    with evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        ours = logps(input_ids=ids)
     theirs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    # the model rounds its logits to its dtype, and a GEMM may sum in another order
-    eps = max(torch.finfo(inner.dtype).eps, 2.0**-20)
-    bound = 16 * eps * max(float(logits.abs().max()), 1.0)
+    bound = _rounding(inner, float(logits.abs().max()))
     error = float((ours - theirs).abs().max())
     want = f"a model whose log-probs are those of {logit_options(inner.config)} on its lm_head"
     got = f"{type(inner).__name__}, off by {error:.3g} nats (rounding: {bound:.3g})"
     checks.require(error <= bound, "model", want, got)
 
 
-def _target_logps(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, target: Tensor, options: dict[str, Any]
+@torch.no_grad()
+def check_packing(model: nn.Module, backend: str = "auto") -> None:
+    """Compare log-probs of sequences laid end to end, position_ids starting again, with their own.
+
+    State-space and linear-attention layers, and positions that a model counts by itself, run on
+    from one sequence into the next: it would train on wrong log-probs.
+
+    Raises:
+        ValueError: they differ by more than rounding in the model's dtype, or the model takes no
+            position_ids.
+    """
+    inner = route_head(model)
+    takes = "position_ids" in inspect.signature(inner.forward).parameters
+    want, name = "a model that honours position_ids with padding_free", type(inner).__name__
+    checks.require(takes, "model", want, f"{name}, which takes none")
+    ids = _checked_ids(inner)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    logps = functools.partial(_checked_logps, model, inner, backend)
+    with evaluating(model):
+        alone = logps(input_ids=ids, position_ids=positions)
+        row = logps(input_ids=ids.repeat(1, 2), position_ids=positions.repeat(1, 2))
+    error = float((row[:, -alone.shape[1] :] - alone).abs().max())
+    bound = _rounding(inner, float(alone.abs().max()))
+    got = f"{name}, off by {error:.3g} nats (rounding: {bound:.3g})"
+    checks.require(error <= bound, "model", want, got)
+
+
+def _checked_ids(inner: PreTrainedModel) -> Tensor:
+    embedding: Any = inner.get_input_embeddings()
+    ids = torch.arange(1, 1 + CHECKED_TOKENS, device=embedding.weight.device)
+    return ids[None] % inner.config.get_text_config().vocab_size
+
+
+def _checked_logps(
+    model: nn.Module, inner: PreTrainedModel, backend: str, **inputs: Tensor
 ) -> Tensor:
-    return linear_logprobs(hidden[:, :-1], weight, target, bias, **options)
+    target = inputs["input_ids"][:, 1:]
+    options: dict[str, Any] = {"backend": backend, **logit_options(inner.config)}
+
+    def head_fn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_logprobs(hidden[:, :-1], weight, target, bias, **options)
+
+    return model(**inputs, head_fn=head_fn).value
+
+
+def _rounding(inner: PreTrainedModel, largest: float) -> float:
+    """What a log-prob may be off by, where logits of this size are rounded to the model's dtype."""
+    head: Any = inner.get_output_embeddings()
+    weight = _plain_head(head)[0].weight
+    # a GEMM may sum in another order
+    eps = max(torch.finfo(_compute_dtype(weight)).eps, 2.0**-20)
+    return 16 * eps * max(largest, 1.0)
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """Of matrix products with it: autocast's, as for any linear layer, or its own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and back in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -108,13 +108,22 @@ class StepKTOArguments(TrainingArguments):
         default=None, metadata={"help": "JSON object with arguments of from_pretrained"}
     )
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "liger_kernel_config",
+        "model_init_kwargs",
+    ]
 
     def __post_init__(self) -> None:
-        if self.use_liger_kernel and self.liger_kernel_config is None:
-            off = ("cross_entropy", "fused_linear_cross_entropy")
-            self.liger_kernel_config = dict.fromkeys(off, False)
-        super().__post_init__()
+        super().__post_init__()  # parses what was given as JSON text
+        if self.use_liger_kernel:  # its losses are on where nothing is said of them
+            given = self.liger_kernel_config or {}
+            losses = ("cross_entropy", "fused_linear_cross_entropy")
+            asked = [name for name in losses if given.get(name)]
+            checks.require(not asked, "liger_kernel_config", "layers, no losses", asked)
+            self.liger_kernel_config = given | dict.fromkeys(losses, False)
+        smoothing = self.label_smoothing_factor
+        checks.require(smoothing == 0, "label_smoothing_factor", "0", smoothing)
         self.step_kto_config()
         if self.max_length is not None:
             checks.integer("max_length", self.max_length, low=2)

@@ -157,6 +157,13 @@ def pad(values: list[Any], length: int, fill: Any) -> list[Any]:
     return values + [fill] * (length - len(values))
 
 
+def unlabelled(example: EncodedExample) -> EncodedExample:
+    """The same tokens, out of the loss."""
+    return replace(
+        example, outcome_label=UNLABELLED, step_labels=[UNLABELLED] * len(example.step_labels)
+    )
+
+
 def mismatched_pair(
     prompt: EncodedExample, completion: EncodedExample, max_length: int | None
 ) -> EncodedExample:

@@ -140,24 +140,12 @@ def _parse_fields(row: object) -> StepKTOExample:
         for field in ("completions", "labels"):
             if row.get(field) is not None:
                 raise _bad(field, "no such field beside completion", row[field])
-        completion = _completion_text(row["completion"])
+        completion = _parse_completion(row["completion"])
         return StepKTOExample(prompt, (completion,), (), row["label"])
     completions, labels = _list_field(row, "completions"), _list_field(row, "labels")
     # An example without any labels is a KTO example; a row with its labels missing is a mistake.
     _check_label_count(labels, completions)
     return StepKTOExample(prompt, completions, labels, row["label"])
-
-
-def _completion_text(completion: Any) -> str:
-    """The text of a KTO row's completion: a string, or the one message of an assistant (TRL)."""
-    if isinstance(completion, (list, tuple)):
-        _check_messages(_parse_prompt(completion), "completion")
-        want = "one message with role assistant"
-        if len(completion) != 1 or completion[0]["role"] != "assistant":
-            raise _bad("completion", want, completion)
-        completion = completion[0]["content"]
-    _check_text("completion", completion)
-    return completion
 
 
 def _field(row: Mapping[str, Any], field: str, want: str) -> Any:
@@ -175,15 +163,29 @@ def _list_field(row: Mapping[str, Any], field: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def _parse_completion(completion: Any) -> str:
+    """A text, or that of a conversation's last turn."""
+    if isinstance(completion, (list, tuple)):
+        messages = _parse_messages(completion)
+        _check_messages(messages, "completion")
+        if [message["role"] for message in messages] != ["assistant"]:
+            raise _bad("completion", "one message with role assistant", completion)
+        return messages[0]["content"]
+    _check_text("completion", completion)
+    return completion
+
+
 def _parse_prompt(prompt: Any) -> Prompt:
-    if not isinstance(prompt, (list, tuple)):
-        return prompt
+    return _parse_messages(prompt) if isinstance(prompt, (list, tuple)) else prompt
+
+
+def _parse_messages(messages: Sequence[Any]) -> tuple[Any, ...]:
     # A datasets.Dataset fills keys that only other messages have with None.
     return tuple(
         {key: value for key, value in message.items() if value is not None}
         if isinstance(message, Mapping)
         else message
-        for message in prompt
+        for message in messages
     )
 
 

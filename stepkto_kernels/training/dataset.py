@@ -78,7 +78,7 @@ def encode_dataset(
     step_separator: str = "",
     add_eos: bool = True,
 ) -> StepKTODataset:
-    """Read and tokenize a dataset; one that is encoded already is taken as it is.
+    """Read and tokenize a dataset; of one that is encoded already, a copy that shares its data.
 
     Args:
         source: JSON-lines file, or rows, in one of the formats of data.py.
@@ -88,7 +88,7 @@ def encode_dataset(
         OSError: the file cannot be read.
     """
     if isinstance(source, StepKTODataset):
-        return source
+        return StepKTODataset(source.examples, source.ref_logps)
     if isinstance(source, Sequence) and source and isinstance(source[0], EncodedExample):
         return StepKTODataset(source)  # type: ignore[arg-type]
     encoded = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepkto_kernels.integrations.transformers import HeadFunction, HeadOutput
+from stepkto_kernels.integrations.transformers import HeadFunction, HeadOutput, evaluating
 from stepkto_kernels.linear_logprobs import linear_logprobs
 from stepkto_kernels.training.batch import MODEL_INPUTS, VARLEN_INPUTS
 
@@ -20,11 +20,12 @@ def run(model: nn.Module, batch: dict[str, Any], head_fn: HeadFunction) -> HeadO
 
 @torch.no_grad()
 def token_logps(model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> Tensor:
-    """Log-probs of the targets, nats, in their shape, 0 where ignored; fp32.
+    """Log-probs of the targets, nats, in their shape, 0 where ignored; fp32. Without dropout.
 
     options: keyword arguments of linear_logprobs.
     """
     head_fn = lambda hidden, weight, bias: linear_logprobs(
         hidden, weight, batch["target"], bias, **options
     )
-    return run(model, batch, head_fn).value
+    with evaluating(model):
+        return run(model, batch, head_fn).value

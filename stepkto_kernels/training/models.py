@@ -31,10 +31,10 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Every dropout layer, and those that attention layers apply as a function."""
+    """Every dropout layer, and what layers keep as a number and apply as a function."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -20,13 +20,16 @@ from stepkto_kernels.training.data import EncodedExample
 from stepkto_kernels.training.dataset import StepKTODataset
 
 ADAPTER_NAMES = ("lora_", "modules_to_save", "prompt_encoder", "ia3_")
-LAYOUT = 1  # of the file
+LAYOUT = 2  # of the file, and of what its key is made of
 # Per-token log-probs of the targets of a collated batch, in its shape.
 LogProbFunction = Callable[[dict[str, Any]], Tensor]
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of config and weights, PEFT's adapters left out. Reads every weight once."""
+def model_fingerprint(model: nn.Module, *, with_adapters: bool = True) -> str:
+    """SHA-256 of config, weights and saved buffers. Reads every weight once.
+
+    with_adapters: False leaves PEFT's adapters out, and is that of the model they were put on.
+    """
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
     if config is not None:
@@ -34,22 +37,24 @@ def model_fingerprint(model: nn.Module) -> str:
         for name in ("_name_or_path", "transformers_version", "use_cache"):  # change nothing
             values.pop(name, None)
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.named_parameters()):
-        if not any(part in name for part in ADAPTER_NAMES):
+    for name, tensor in sorted(model.state_dict().items()):
+        if with_adapters or not any(part in name for part in ADAPTER_NAMES):
             # a PEFT model's base layers have the names of the plain model's
-            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            plain = name.removeprefix("base_model.model.")
+            for wrapper in (".base_layer.", ".original_module."):
+                plain = plain.replace(wrapper, ".")
             digest.update(f"{plain} {tuple(tensor.shape)} {tensor.dtype}".encode())
             data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
             digest.update(data.numpy().data)
     return digest.hexdigest()
 
 
-def cache_key(model: nn.Module, dataset: StepKTODataset, precision: str) -> str:
+def cache_key(fingerprint: str, dataset: StepKTODataset, precision: str) -> str:
     """Names the log-probs of one dataset under one model; precision: how matrices are multiplied.
 
     Another model, tokenizer, text, max_length or precision gives another key.
     """
-    parts = (str(LAYOUT), model_fingerprint(model), dataset.fingerprint(), precision)
+    parts = (str(LAYOUT), fingerprint, dataset.fingerprint(), precision)
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -108,7 +113,7 @@ def compute(
     sharded, and the caller adds the ranks' results: elements of others are 0.
     """
     out = torch.zeros(dataset.completion_tokens)
-    for indices, own in _batches(dataset, batch_size, rank, world_size):
+    for indices, own in sharded_batches(dataset, batch_size, rank, world_size):
         batch = collate([dataset.examples[i] for i in indices])
         logps = log_probs(batch).cpu()
         if own:
@@ -118,10 +123,13 @@ def compute(
     return out
 
 
-def _batches(
+def sharded_batches(
     dataset: StepKTODataset, batch_size: int, rank: int, world_size: int
 ) -> Iterator[tuple[list[int], bool]]:
-    """Indices of a rank's batches, and whether they are its own: some may be done for company."""
+    """Indices of a rank's batches, and whether they are its own: some may be done for company.
+
+    Longest first; as many batches for every rank.
+    """
     lengths = [len(example.input_ids) for example in dataset.examples]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepkto_kernels import checks
 from stepkto_kernels.integrations.transformers import causal_lm, logit_options, route_head
 from stepkto_kernels.training import head_calls, reference_logps
 from stepkto_kernels.training.arguments import StepKTOArguments
@@ -57,23 +58,34 @@ class ReferenceModel:
         """
         if self._ready:
             return
+        # the policy is sharded later, and serves as its own reference only until it is trained
         sharded = self.accelerator.distributed_type.name == "FSDP"
-        if self.model is None and not self.is_adapter and (self.needed or sharded):
+        precomputed = self.args.precompute_ref_log_probs
+        wanted = (self.needed and not self.is_adapter) or (sharded and precomputed)
+        if self.model is None and wanted:
             self.model = copy.deepcopy(self.policy)
         todo = {}
-        if self.args.precompute_ref_log_probs:
-            source = self.policy if self.model is None else self.model
-            precision = f"{self.args.mixed_precision} {logit_options(causal_lm(source).config)}"
+        if precomputed:
+            fingerprint = reference_logps.model_fingerprint(
+                self._source, with_adapters=not self.is_adapter
+            )
+            options = logit_options(causal_lm(self._source).config)
+            precision = f"{self.args.mixed_precision} {options}"
             for name, dataset in datasets.items():
                 if dataset.ref_logps is None:  # the key, before weights are sharded
-                    todo[name] = reference_logps.cache_key(source, dataset, precision)
+                    todo[name] = reference_logps.cache_key(fingerprint, dataset, precision)
         if self.model is not None:
             self.model = self._placed(self.model)
         for name, key in todo.items():
             datasets[name].ref_logps = self._precomputed(datasets[name], key, collate, to_device)
-        if not self.needed:
+        if self.is_adapter or not self.needed:
             self.model = None
         self._ready = True
+
+    @property
+    def _source(self) -> nn.Module:
+        """Whose log-probs these are: with an adapter, when that is switched off."""
+        return self.policy if self.model is None else self.model
 
     def _placed(self, model: nn.Module) -> nn.Module:
         route_head(model)
@@ -99,17 +111,14 @@ class ReferenceModel:
         if float(self.accelerator.reduce(have, "sum")) == args.world_size:
             assert found is not None
             return found
-        training = self.policy.training
-        self.policy.eval()
         logps = reference_logps.compute(
             dataset,
             collate,
-            lambda batch: self.log_probs(self.policy, to_device(batch)),
+            lambda batch: self._log_probs(self._source, to_device(batch)),
             args.eval_batch_size,
             args.process_index,
             args.world_size,
         )
-        self.policy.train(training)
         logps = self.accelerator.reduce(logps.to(args.device), "sum").cpu()
         if args.should_save:
             reference_logps.save(path, key, logps)
@@ -119,14 +128,20 @@ class ReferenceModel:
         """Of the batch's targets, nats, in their shape, fp32: cached ones, or from the model.
 
         policy: the policy with whatever wraps it, which serves where an adapter is switched off.
+        Raises:
+            ValueError: there are none in the batch, and the model is not kept.
         """
         if "ref_logps" in batch:
             return batch["ref_logps"]
-        model = policy if self.model is None else self.model
-        switched_off: Any = contextlib.nullcontext()
-        if self.is_adapter:
-            adapted: Any = self.policy
-            switched_off = adapted.disable_adapter()
-        options = logit_options(causal_lm(self.policy if self.model is None else self.model).config)
-        with switched_off:
-            return head_calls.token_logps(model, batch, options | {"backend": self.args.backend})
+        kept = self.model is not None or self.is_adapter
+        want = "False, or the dataset given when the trainer is made: the reference is gone"
+        checks.require(kept, "args.precompute_ref_log_probs", want, True)
+        return self._log_probs(policy if self.model is None else self.model, batch)
+
+    def _log_probs(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        source: Any = self._source
+        switched_off = source.disable_adapter() if self.is_adapter else contextlib.nullcontext()
+        options = logit_options(causal_lm(source).config) | {"backend": self.args.backend}
+        # a policy that accelerate has not wrapped yet knows nothing of mixed precision
+        with switched_off, self.accelerator.autocast():
+            return head_calls.token_logps(model, batch, options)

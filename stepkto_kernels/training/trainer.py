@@ -9,7 +9,6 @@ see it.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import warnings
@@ -33,6 +32,7 @@ from stepkto_kernels import checks
 from stepkto_kernels.integrations.transformers import (
     causal_lm,
     check_head,
+    check_packing,
     logit_options,
     route_head,
 )
@@ -47,9 +47,10 @@ from stepkto_kernels.step_kto import (
 )
 from stepkto_kernels.training import head_calls
 from stepkto_kernels.training.arguments import StepKTOArguments
-from stepkto_kernels.training.batch import TrainerCollator, mismatched_pairs
+from stepkto_kernels.training.batch import TrainerCollator, mismatched_pairs, unlabelled
 from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset
 from stepkto_kernels.training.models import add_adapter, disable_dropout, load_model
+from stepkto_kernels.training.reference_logps import sharded_batches
 from stepkto_kernels.training.reference_model import ReferenceModel
 
 STATE_FILE = "step_kto.pt"  # in a checkpoint: the running reference points
@@ -137,6 +138,8 @@ class StepKTOTrainer(Trainer):
         checks.instance("args", args, StepKTOArguments)
         want = "one GPU in each process: use accelerate launch, or CUDA_VISIBLE_DEVICES"
         checks.require(args.n_gpu <= 1, "args", want, f"{args.n_gpu} GPUs in this one")
+        shared = ref_model is not None and ref_model is model
+        checks.require(not shared, "ref_model", "another module than model, or None", "the same")
         policy = load_model(model, args)
         reference = None if ref_model is None else load_model(ref_model, args)
         if peft_config is not None:
@@ -147,14 +150,14 @@ class StepKTOTrainer(Trainer):
         config = causal_lm(policy).config
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(config._name_or_path)
-        encoded = functools.partial(encode, tokenizer=processing_class, args=args)
+        encoded = [encode(rows, processing_class, args) for rows in (train_dataset, eval_dataset)]
         self.collate = collator(processing_class, config, args)
         super().__init__(
             model=policy,
             args=args,
             data_collator=self.collate,
-            train_dataset=encoded(train_dataset),
-            eval_dataset=encoded(eval_dataset),
+            train_dataset=encoded[0],
+            eval_dataset=encoded[1],
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -164,10 +167,14 @@ class StepKTOTrainer(Trainer):
         self._refuse_what_is_not_supported()
         route_head(policy)
         if self.place_model_on_device:  # else there may be no weights here yet
-            check_head(policy)
+            with self.accelerator.autocast():
+                check_head(policy, args.backend)
+                if args.padding_free:
+                    check_packing(policy, args.backend)
         self.loss_fn = StepKTOLoss(
             args.step_kto_config(),
             memory_budget=args.memory_budget,
+            gradient_bound=args.gradient_bound,
             backend=args.backend,
             **logit_options(config),  # type: ignore[arg-type]
         ).to(args.device)
@@ -175,6 +182,8 @@ class StepKTOTrainer(Trainer):
             policy, reference, args, self.accelerator, mismatched=self._is_mismatched
         )
         self._context = StepContext(None, None)
+        self._eval_context: StepContext | None = None
+        self._evaluated: StepKTODataset | None = None
         self._totals: dict[str, StepKTOMetrics | None] = {"train": None, "eval": None, "step": None}
         self._warned = False
 
@@ -185,8 +194,10 @@ class StepKTOTrainer(Trainer):
             version = self.accelerator.state.fsdp_plugin.fsdp_version
             checks.require(version == 2, "fsdp_version", want, version)
         layout = getattr(self.accelerator, "parallelism_config", None)
-        cut = layout is not None and (layout.cp_enabled or layout.sp_enabled)
-        checks.require(not cut, "parallelism_config", "whole sequences on a rank", layout)
+        cut = layout is not None and (layout.cp_enabled or layout.sp_enabled or layout.tp_enabled)
+        checks.require(not cut, "parallelism_config", "whole sequences and layers", layout)
+        sharded = self.is_distributed_loading_by_transformers
+        checks.require(not sharded, "model", "one that this trainer shards", "a sharded model")
 
     @property
     def _is_mismatched(self) -> bool:
@@ -196,12 +207,26 @@ class StepKTOTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; the policy as it is now is the reference, if there is no other."""
         self._prepare_reference()
+        self._totals = dict.fromkeys(self._totals)
         return super().train(*args, **kwargs)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As Trainer.evaluate; see `train`."""
-        self._prepare_reference()
-        return super().evaluate(*args, **kwargs)
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer.evaluate; another dataset may have any of the formats of __init__.
+
+        Raises:
+            ValueError: also where that needs a reference model that is not kept.
+        """
+        return super().evaluate(self._encoded(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `evaluate`; there are metrics and no predictions."""
+        return super().predict(self._encoded(test_dataset), *args, **kwargs)
+
+    def _encoded(self, source: Any) -> Any:
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(source, str) and source in named:  # Trainer evaluates a dict name by name
+            return source
+        return encode(source, self.processing_class, self.args)  # type: ignore[arg-type]
 
     def _prepare_reference(self) -> None:
         evaluated = self.eval_dataset
@@ -265,7 +290,13 @@ class StepKTOTrainer(Trainer):
     def _kl_totals(self, model: nn.Module, batch: Batch) -> KLTotals:
         ref_logps = self.reference.log_probs(model, batch)
         logps = head_calls.token_logps(model, batch, self._logit_options)
-        return kl_totals(logps, ref_logps, batch["segments"], config=self.loss_fn.config)
+        return kl_totals(
+            logps,
+            ref_logps,
+            batch["segments"],
+            config=self.loss_fn.config,
+            labelled_only=self.loss_fn.config.reference_point == "matched",
+        )
 
     def _running_baseline(self) -> KLBaseline:
         if not self._warned:
@@ -355,12 +386,15 @@ class StepKTOTrainer(Trainer):
             metrics = self._take_metrics("train")
             metrics.pop("loss", None)
             logs.update(metrics)
-            watched = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
-            for name in watched:
-                if not math.isfinite(logs.get(name, 0.0)):
-                    step = self.state.global_step
-                    raise FloatingPointError(f"step {step}: {name} is {logs[name]}; see {logs}")
+        self._check_finite(logs)
         super().log(logs, start_time)
+
+    def _check_finite(self, logs: dict[str, float]) -> None:
+        watched = ["loss", "train_loss"] if self.args.fp16 else ["loss", "train_loss", "grad_norm"]
+        for name in watched:
+            if not math.isfinite(logs.get(name, 0.0)):
+                step = self.state.global_step
+                raise FloatingPointError(f"step {step}: {name} is {logs[name]}; see {logs}")
 
     def prediction_step(
         self,
@@ -369,22 +403,49 @@ class StepKTOTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """The loss of one batch by itself; there are no predictions, as there are no logits."""
+        """The loss of one batch; there are no predictions, as there are no logits."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            inputs = self._prepare_inputs(inputs)
-            baseline = None
-            if self._is_mismatched:
-                pairs = mismatched_pairs(inputs["examples"], max_length=self.args.max_length)
-                if pairs:
-                    batch = self._to_device(self.collate(pairs))
-                    baseline = self._kl_totals(model, batch).baseline()
-                else:
-                    baseline = self._running_baseline()
-            elif self.loss_fn.config.reference_point == "ema":
-                baseline = self.loss_fn.running_baseline()
-            loss, metrics = self._loss(model, inputs, StepContext(baseline, None))
+            if self._eval_context is None:
+                self._eval_context = self._evaluation_context(model)
+            inputs = self._prepare_inputs(self._without_repeated(inputs))
+            loss, metrics = self._loss(model, inputs, self._eval_context)
         self._add_metrics("eval", metrics)
         return loss.detach(), None, None
+
+    def _evaluation_context(self, model: nn.Module) -> StepContext:
+        """One pair of reference points for all batches of a dataset."""
+        kind, dataset = self.loss_fn.config.reference_point, self._evaluated
+        baseline = None
+        if self._is_mismatched or kind == "ema":
+            baseline = self.loss_fn.running_baseline()
+        if self._is_mismatched and dataset is not None:
+            pairs = mismatched_pairs(dataset.examples, max_length=self.args.max_length)
+            dataset = StepKTODataset(pairs) if pairs else None
+        if dataset is not None and (self._is_mismatched or kind == "matched"):
+            baseline = self._dataset_baseline(model, dataset)
+        return StepContext(baseline, None)
+
+    def _dataset_baseline(self, model: nn.Module, dataset: StepKTODataset) -> KLBaseline:
+        """As `_baseline`, of a dataset that all ranks have."""
+        args = self.args
+        totals = KLTotals(torch.zeros(4, dtype=torch.float64, device=args.device))
+        for indices, own in sharded_batches(
+            dataset, args.eval_batch_size, args.process_index, args.world_size
+        ):
+            batch = self._to_device(self.collate([dataset[i] for i in indices]))
+            found = self._kl_totals(model, batch)  # by all ranks, as models may be sharded
+            totals = totals + found if own else totals
+        return KLTotals(self._sum_over_ranks(totals.totals)).baseline()
+
+    def _without_repeated(self, inputs: Batch) -> Batch:
+        """The last batch, without labels where accelerate repeats examples to fill all ranks'."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        own = state.remainder - self.args.process_index * self.args.eval_batch_size
+        examples = inputs["examples"]
+        kept = [e if i < own else unlabelled(e) for i, e in enumerate(examples)]
+        return self._to_device(self.collate(kept))
 
     def evaluation_loop(
         self,
@@ -395,13 +456,20 @@ class StepKTOTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As Trainer's, with the loss's metrics; the loss is that of all examples as one batch."""
-        self._totals["eval"] = None
+        self._prepare_reference()
+        self._observe_last_step()
+        self._totals["eval"] = self._eval_context = None
+        self._evaluated = dataloader.dataset
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         found = self._take_metrics("eval")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite({"loss": float(self._tr_loss)})  # since the last log
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
