@@ -1,10 +1,8 @@
 """Every script of examples/ runs on a tiny model, and the custom loop's two versions agree."""
 
 import difflib
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -65,14 +63,7 @@ def test_packing(run, tmp_path):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_two_processes(tmp_path):
-    """ "fsdp2.py" as data parallelism: accelerate has no FSDP on a CPU."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += [str(EXAMPLES / "fsdp2.py"), "--output", str(tmp_path / "out"), "--steps", "2"]
-    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    path = os.pathsep.join(filter(None, (str(EXAMPLES.parent), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **settings, "PYTHONPATH": path}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:6000]
-    assert len(losses(done.stdout)) == 2
+def test_fsdp2_alone(run, tmp_path):
+    """The script as one process: accelerate has no FSDP on a CPU."""
+    assert len(losses(run("fsdp2.py"))) == 2
     assert (tmp_path / "out/trained/model.safetensors").exists()
