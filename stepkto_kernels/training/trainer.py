@@ -213,7 +213,7 @@ class StepKTOTrainer(Trainer):
         output = super().train(*args, **kwargs)
         if self.args.world_size > 1 and torch.distributed.get_backend() == "gloo":
             # The last collective was a gather. Gloo's thread needs the interpreter once more, to
-            # drop its tensors, and aborts a process that ends before; nothing tells when it is done.
+            # drop its tensors, and aborts a process that ends before. Nothing tells when it has.
             time.sleep(GLOO_REST)
         return output
 

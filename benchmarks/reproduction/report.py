@@ -1,0 +1,1 @@
+"""The reproduction's results: JSON, tables and plot."""
