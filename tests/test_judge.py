@@ -204,6 +204,18 @@ def test_a_killed_run_keeps_what_it_has(serve, tmp_path):
     assert all(n == 1 for n in server.paid.values()) and len(server.paid) == 20
 
 
+def test_an_endpoint_that_is_down_stops_where_asked(serve, tmp_path):
+    down = True
+    server = serve(lambda name, times: 503 if down and name != "Problem 0" else None)
+    make = lambda: LLMJudge(client(server, retries=1), cache=tmp_path, stop_when_down=True)
+    wanted = [solution(str(i)) for i in range(4)]
+    assert make()(wanted) == [truth(wanted[0]), *[[None] * 3] * 3]  # not down altogether
+    with pytest.raises(ChatError, match="503"):
+        make()(wanted)  # the one that it knows is in the cache
+    down = False
+    assert make()(wanted) == [truth(each) for each in wanted]
+
+
 def test_key_has_all_that_verdicts_depend_on(serve, tmp_path):
     server = serve()
     make = lambda **o: LLMJudge(client(server), cache=tmp_path, **o)

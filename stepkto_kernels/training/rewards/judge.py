@@ -44,10 +44,13 @@ class LLMJudge:
         client: of the endpoint. `concurrency` bounds what is in flight; one call at a time.
         cache: folder of the verdicts; None keeps none, and then a killed run pays again.
         attempts: answers to a solution, >= 1.
+        stop_when_down: raise where the endpoint failed at every solution of a call, as one that
+            cannot be reached does, instead of giving no verdicts at all.
         settings: further fields of the request; part of the cache's key, as model and prompt are.
     Raises:
         ValueError: an argument outside of the above.
-        ChatError: when called: the endpoint refuses every request (a wrong key, model or address).
+        ChatError: when called: the endpoint refuses every request (a wrong key, model or address),
+            or is down, see stop_when_down. The verdicts that were had are in the cache.
         OSError: when called: the cache cannot be written.
     """
 
@@ -57,10 +60,11 @@ class LLMJudge:
         *,
         cache: FilePath | None,
         attempts: int = 3,
+        stop_when_down: bool = False,
         settings: Mapping[str, Any] | None = None,
     ):
         checks.integer("attempts", attempts, low=1)
-        self.client, self.attempts = client, attempts
+        self.client, self.attempts, self.stop_when_down = client, attempts, stop_when_down
         self.cache = None if cache is None else Path(cache)
         default = {"temperature": 0, "response_format": {"type": "json_object"}}
         self.settings = default if settings is None else dict(settings)
@@ -72,7 +76,8 @@ class LLMJudge:
     async def _judge_all(self, solutions: Sequence[Solution]) -> list[list[Label]]:
         # equal solutions are asked about once
         unique = {self.key(solution): solution for solution in solutions if solution.steps}
-        self._stop: ChatError | None = None
+        self._failures: list[ChatError] = []
+        self._tried = 0
         async with self.client:
             tasks = [asyncio.ensure_future(self._judge(*item)) for item in unique.items()]
             # to the end also where one fails: what is in flight is paid for
@@ -82,8 +87,10 @@ class LLMJudge:
             if isinstance(result, BaseException):
                 raise result
             found[key] = result
-        if self._stop is not None:
-            raise self._stop
+        is_down = len(self._failures) == self._tried and self.stop_when_down
+        for error in self._failures:
+            if error.refused or is_down:
+                raise error
         return [list(found[self.key(s)]) if s.steps else [] for s in solutions]
 
     async def _judge(self, key: str, solution: Solution) -> list[Label]:
@@ -95,8 +102,7 @@ class LLMJudge:
         try:
             labels = await self._ask(solution)
         except ChatError as error:
-            if error.refused:
-                self._stop = error
+            self._failures.append(error)
         if labels is None:
             self.counts["missing"] += 1
             return [None] * number
@@ -106,6 +112,7 @@ class LLMJudge:
         return labels
 
     async def _ask(self, solution: Solution) -> list[Label] | None:
+        self._tried += 1
         number = len(solution.steps)
         messages = prompt(solution)
         for _ in range(self.attempts):
