@@ -1,1 +1,1 @@
-"""Tasks whose outcomes and steps are judged by exact checkers instead of a reward model."""
+"""Rewards: is the answer right, and is each step. base.py says what they have in common."""
