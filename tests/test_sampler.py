@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -75,18 +76,18 @@ class Fake:
 
 
 def test_finish_says_how_a_completion_ended(model, tokenizer, monkeypatch):
-    """The end tokens are words, which can be seen in the text."""
-    ends = list(range(3, len(tokenizer), 12))
-    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
-    ids = [prompt_ids(p.problem, tokenizer) for p in PROBLEMS]
-    found = generate_from_ids(model, tokenizer, ids, num_samples=4, max_new_tokens=8)
-    finishes = []
-    for completion in sum(found, []):
-        words = tokenizer(completion.text)["input_ids"]
-        assert not set(ends) & set(words[:-1])
-        assert completion.finish == ("stop" if words[-1] in ends else "length")
-        finishes.append(completion.finish)
-    assert 5 < finishes.count("stop") < len(finishes) - 5
+    pad, eos, word, other = tokenizer.pad_token_id, tokenizer.eos_token_id, 9, 10
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [eos, other])
+    new = [[word, eos, pad], [word, word, word], [word, word, other], [other, pad, pad]]
+
+    def decode(input_ids, **_):
+        return torch.cat([input_ids, torch.tensor(new)], dim=1)
+
+    monkeypatch.setattr(model, "generate", decode)
+    ((*found,),) = generate_from_ids(model, tokenizer, [[word]], num_samples=4)
+    assert [each.finish for each in found] == ["stop", "length", "stop", "stop"]
+    texts = [tokenizer.decode(ids) for ids in ([word], [word] * 3, [word, word, other], [other])]
+    assert [each.text for each in found] == texts
 
 
 def test_finish_where_padding_is_the_end_token(model, tokenizer):
