@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepkto_kernels import checks
 from stepkto_kernels.training.data import Prompt, prompt_text
+from stepkto_kernels.training.openai_client import ChatClient, Choice
 from stepkto_kernels.training.sampling import Completion, generate_from_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Completion", "Sampler", "TransformersSampler", "VLLMSampler", "prompt_ids"]
+__all__ = [
+    "Completion",
+    "Sampler",
+    "ServerSampler",
+    "TransformersSampler",
+    "VLLMSampler",
+    "prompt_ids",
+]
 
 
 class Sampler(Protocol):
@@ -150,10 +159,87 @@ class VLLMSampler:
         ids = [{"prompt_token_ids": prompt_ids(prompt, self.tokenizer)} for prompt in prompts]
         outputs = self.llm.generate(ids, sampling_params=parameters, use_tqdm=False)
         return [
-            [_completion(one) for one in each.outputs] * (num_samples // copies) for each in outputs
+            [_completion(one.text, one.finish_reason) for one in each.outputs]
+            * (num_samples // copies)
+            for each in outputs
         ]
 
 
-def _completion(output: Any) -> Completion:
-    """Of a vllm.CompletionOutput."""
-    return Completion(output.text, "length" if output.finish_reason == "length" else "stop")
+class ServerSampler:
+    """Samples from a server that speaks OpenAI's protocol, such as vLLM's or transformers'.
+
+    Messages go to its chat endpoint, text to its completions endpoint. Every request has a seed of
+    its own; whether the same seed gives the same text is up to the server, as is the distribution:
+    top_p is 1, other settings of the server stay unless `body` has them.
+
+    Args:
+        client: of the server; not open, it is opened for every call.
+        max_new_tokens: of a completion, >= 1.
+        per_request: completions that one request asks for, >= 1. More than 1 needs a server that
+            knows the field n.
+        body: further fields of every request; null leaves a field of ours out, such as seed.
+    Raises:
+        ValueError: an argument outside of the above; when called: the server gave another number
+            of completions than asked for.
+        ChatError: when called: a request failed for good.
+    """
+
+    def __init__(
+        self,
+        client: ChatClient,
+        *,
+        max_new_tokens: int = 256,
+        per_request: int = 1,
+        body: Mapping[str, Any] | None = None,
+    ):
+        checks.integer("max_new_tokens", max_new_tokens, low=1)
+        checks.integer("per_request", per_request, low=1)
+        self.client, self.per_request = client, per_request
+        self.max_new_tokens, self.body = max_new_tokens, dict(body or {})
+
+    def __call__(
+        self, prompts: Sequence[Prompt], *, num_samples: int, temperature: float, seed: int
+    ) -> list[list[Completion]]:
+        checks.integer("num_samples", num_samples, low=1)
+        checks.number("temperature", temperature, low=0)
+        return asyncio.run(self._all(prompts, num_samples, temperature, seed))
+
+    async def _all(
+        self, prompts: Sequence[Prompt], num_samples: int, temperature: float, seed: int
+    ) -> list[list[Completion]]:
+        copies = 1 if temperature == 0 else num_samples
+        sizes = [
+            min(self.per_request, copies - first) for first in range(0, copies, self.per_request)
+        ]
+        async with self.client:
+            requests = [
+                self._ask(prompt, size, temperature, seed + i * copies + k)
+                for i, prompt in enumerate(prompts)
+                for k, size in enumerate(sizes)
+            ]
+            replies = iter(await asyncio.gather(*requests))
+        return [
+            [_completion(one.text, one.finish) for _ in sizes for one in next(replies)]
+            * (num_samples // copies)
+            for _ in prompts
+        ]
+
+    async def _ask(
+        self, prompt: Prompt, number: int, temperature: float, seed: int
+    ) -> list[Choice]:
+        fields = {
+            "temperature": temperature,
+            "top_p": 1.0,
+            "max_tokens": self.max_new_tokens,
+            "seed": seed % 2**31,
+            "n": number if self.per_request > 1 else None,
+        } | self.body
+        body = {name: value for name, value in fields.items() if value is not None}
+        found = await self.client.choices(prompt, **body)
+        checks.require(len(found) == number, "per_request", "as many completions", len(found))
+        return found
+
+
+def _completion(text: str, finish: str | None) -> Completion:
+    """Of the word of vLLM and of OpenAI's protocol for how it ended."""
+    return Completion(text, "length" if finish == "length" else "stop")
