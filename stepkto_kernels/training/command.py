@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from stepkto_kernels import checks
+
 if TYPE_CHECKING:
     from stepkto_kernels.training.arguments import StepKTOArguments
 
@@ -40,6 +42,7 @@ OWN: dict[
     "output": {"help": "folder for checkpoints, the trained model and the metrics"},
     "eval-data": {"help": "JSON-lines file to evaluate on, by --eval-strategy"},
     "ref-model": {"help": "folder or hub name of the reference; default: the policy as it starts"},
+    "method": {"help": "step_kto (default), kto: outcomes only, or sft: learn every row"},
     "lora-rank": {"type": int, "help": "train a LoRA adapter of this rank instead of the model"},
     "lora-alpha": {"type": float, "help": "scale of the adapter, default: twice the rank"},
     "lora-targets": {
@@ -70,6 +73,7 @@ COMMON = {  # options of StepKTOArguments that --help shows
     "save_steps": "optimizer steps a checkpoint, default 500",
     "seed": "of the data order and of new weights, default 42",
 }
+METHODS = ("step_kto", "kto", "sft")
 REQUIRED = ("model", "data", "output")
 Options = dict[str, Any]
 
@@ -114,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
     own, options = gather(args)
     arguments = parse(own, options)
     if own.get("dry_run"):
+        if own.get("method") == "sft":
+            raise ValueError("--dry-run: want --method step_kto or kto with it, got sft")
         from stepkto_kernels.training.dry_run import dry_run
 
         print(dry_run(own, arguments), end="")
@@ -184,8 +190,14 @@ def parse(own: Options, options: Options) -> StepKTOArguments:
             raise ValueError(message)
 
     known = [field.name for field in fields(StepKTOArguments) if field.init]
+    method = own.get("method", "step_kto")
+    checks.choice("method", method, METHODS)
+    fixed: Options = {"step_weight": 0} if method == "kto" else {}
+    for name, value in fixed.items():
+        if float(options.get(name, value)) != value:
+            raise ValueError(f"{name}: want {value} with method {method}, got {options[name]}")
     words = ["--output_dir", str(own["output"])]
-    for name, value in (DEFAULTS | options).items():
+    for name, value in (DEFAULTS | options | fixed).items():
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *OWN], 1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -209,10 +221,14 @@ def as_words(name: str, value: Any) -> list[str]:
 def train(own: Options, arguments: StepKTOArguments) -> None:
     from transformers import PrinterCallback, ProgressCallback
 
+    from stepkto_kernels.training.completion_trainer import CompletionTrainer
     from stepkto_kernels.training.progress import progress
     from stepkto_kernels.training.trainer import StepKTOTrainer
 
-    trainer = StepKTOTrainer(
+    is_sft = own.get("method") == "sft"
+    if is_sft and "ref_model" in own:
+        raise ValueError("--ref-model: want none with --method sft, which compares with nothing")
+    trainer = (CompletionTrainer if is_sft else StepKTOTrainer)(
         own["model"],
         ref_model=own.get("ref_model"),
         args=arguments,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from stepkto_kernels import checks
 from stepkto_kernels.training.arguments import StepKTOArguments
@@ -38,3 +41,41 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def load_for_sampling(model: str, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model by its name or folder, in eval mode.
+
+    Args:
+        device: auto takes a GPU where there is one.
+        dtype: name of a torch dtype; auto takes the one it was saved in.
+    Raises:
+        ValueError: no such dtype.
+        OSError: no such model.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    is_dtype = wanted == "auto" or isinstance(wanted, torch.dtype)
+    checks.require(is_dtype, "dtype", "auto or a torch dtype", repr(dtype))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
+    return loaded.to(device).eval()
+
+
+@contextmanager
+def sampling_model(model: str, settings: Any) -> Iterator[Any]:
+    """A sampler of a model; its memory is given back at the end."""
+    from stepkto_kernels.training.drawing import LocalSampler
+
+    sampler = LocalSampler(
+        load_for_sampling(model, settings.device, settings.dtype),
+        AutoTokenizer.from_pretrained(model),
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+    )
+    try:
+        yield sampler
+    finally:
+        sampler.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

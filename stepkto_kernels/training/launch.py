@@ -1,0 +1,92 @@
+"""Training as a process of its own: its memory is given back, and many GPUs take part."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TRAIN = ["-m", "stepkto_kernels.cli", "train"]
+
+
+def train(options: Mapping[str, Any], config: Path, num_processes: int = 1) -> None:
+    """`stepkto train` with these options, from the newest complete checkpoint in its output.
+
+    Args:
+        options: of `stepkto train`, "output" among them.
+        config: YAML file to write them to.
+        num_processes: more than 1 are started by `accelerate launch`.
+    Raises:
+        OSError: it failed.
+    """
+    import yaml
+
+    config.write_text(yaml.safe_dump(dict(options), sort_keys=False), encoding="utf-8")
+    words = [*TRAIN, "--config", str(config)]
+    checkpoint = newest_checkpoint(Path(options["output"]))
+    if checkpoint is not None:
+        words += ["--resume", str(checkpoint)]
+    if num_processes > 1:
+        launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+        words = [*launcher, *words]
+    run(words)
+
+
+def run(words: list[str]) -> None:
+    """This interpreter with these arguments; it ends when we do.
+
+    Raises:
+        OSError: it ended with another status than 0.
+    """
+    process = subprocess.Popen([sys.executable, *words], preexec_fn=end_with_parent)
+    try:
+        status = process.wait()
+    except BaseException:  # Ctrl-C
+        process.terminate()
+        process.wait()
+        raise
+    if status != 0:
+        raise OSError(f"{' '.join(words)}: want exit status 0, got {status}")
+
+
+def end_with_parent() -> None:
+    """On Linux, SIGTERM for this process when its parent is gone, killed or not."""
+    if sys.platform == "linux":
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Of those whose last file, the trainer's state, is complete; None where there is none."""
+    found: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            state = json.loads((path / "trainer_state.json").read_bytes())
+            found[int(state["global_step"])] = path
+        except (OSError, ValueError, KeyError):
+            continue  # killed while it was written
+    return found[max(found)] if found else None
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """The right to work in a folder; given up when the process ends, however it does.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            want = f"{path.parent}: want a run that nothing else works on"
+            raise ValueError(f"{want}, got one at work") from None
+        yield
