@@ -194,8 +194,9 @@ def parse(own: Options, options: Options) -> StepKTOArguments:
     checks.choice("method", method, METHODS)
     fixed: Options = {"step_weight": 0} if method == "kto" else {}
     for name, value in fixed.items():
-        if float(options.get(name, value)) != value:
-            raise ValueError(f"{name}: want {value} with method {method}, got {options[name]}")
+        given = options.get(name)
+        if given is not None and float(given) != value:
+            raise ValueError(f"{name}: want {value} with method {method}, got {given}")
     words = ["--output_dir", str(own["output"])]
     for name, value in (DEFAULTS | options | fixed).items():
         if name not in known:

@@ -13,6 +13,7 @@ from typing import Any
 from stepkto_kernels.training import evaluation, label_command
 from stepkto_kernels.training.bootstrap import Estimate
 from stepkto_kernels.training.drawing import sample_into
+from stepkto_kernels.training.iterate_config import SamplingConfig
 from stepkto_kernels.training.label import Labeller, label_into
 from stepkto_kernels.training.records import Problem, RowWriter, read_rows, read_samples
 
@@ -94,10 +95,44 @@ def evaluate_into(
                 pass
 
 
-def measure(folder: Path, **options: Any) -> dict[str, Estimate]:
-    """Metrics of greedy.jsonl and sampled.jsonl; options of evaluation.estimates."""
+def evaluation_draws(config: SamplingConfig, seed: int) -> dict[str, Draw]:
+    """What held-out problems are sampled for; seed: of the random ones."""
+    sampled = Draw(config.eval_num_samples, config.eval_temperature, seed, config.prompt)
+    return {"greedy": Draw(1, 0.0, 0, config.prompt), "sampled": sampled}
+
+
+def measure(folder: Path, config: SamplingConfig) -> dict[str, Estimate]:
+    """Metrics of greedy.jsonl and sampled.jsonl."""
     greedy, sampled = (list_rows(folder / f"{name}.jsonl") for name in ("greedy", "sampled"))
-    return evaluation.estimates(greedy, sampled, **options)
+    with equality(config.equal) as equal:
+        return evaluation.estimates(
+            greedy, sampled, equal=equal, resamples=config.resamples, seed=config.seed
+        )
+
+
+@contextmanager
+def equality(name: str) -> Iterator[evaluation.Equal | None]:
+    """What tells answers from each other beside their text."""
+    if name == "text":
+        yield None
+        return
+    from stepkto_kernels.training.rewards.symbolic import MathVerify
+
+    with MathVerify() as reward:
+
+        def equal(answer: str, other: str) -> bool:
+            if "\n" in other or "\\boxed" in other:
+                return False  # it would not be the whole answer of the line below
+            problem = Problem(id="equality", problem="", answer=answer)
+            return reward(problem, f"Answer: {other}") is True
+
+        yield equal
+
+
+def shown(found: Mapping[str, Estimate]) -> str:
+    """Metrics in one line, in percent with their intervals."""
+    percent = lambda e: f"{100 * e.value:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})"
+    return ", ".join(f"{name} {percent(estimate)}" for name, estimate in found.items())
 
 
 def write_metrics(path: Path, about: Mapping[str, Any], found: Mapping[str, Estimate]) -> None:

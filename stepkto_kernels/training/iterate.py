@@ -6,31 +6,30 @@ until it is complete. So what stands is done, and a killed run goes on with the 
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from stepkto_kernels import checks
 from stepkto_kernels.training import evaluation_files as files
 from stepkto_kernels.training import launch
 from stepkto_kernels.training.evaluation_files import Draw, derived_seed, list_rows
-from stepkto_kernels.training.iterate_config import IterateConfig, keep_config
+from stepkto_kernels.training.iterate_config import IterateConfig
 from stepkto_kernels.training.label import Labeller
 from stepkto_kernels.training.models import load_for_sampling, sampling_model
 from stepkto_kernels.training.records import Problem, read_problems
-
-
-class Stage(NamedTuple):
-    """What makes a file or folder; done when that stands."""
-
-    path: Path
-    make: Callable[[Path], None]  # called with the temporary path, which may be of a killed run
+from stepkto_kernels.training.run_folder import (
+    complete,
+    keep_settings,
+    lock,
+    settings_of,
+    write_rows,
+)
 
 
 class Run:
@@ -51,7 +50,8 @@ class Run:
         self.held_out = read_problems(config.eval_problems)
         for name, problems in (("problems", self.problems), ("eval_problems", self.held_out)):
             checks.require(len(problems) > 0, name, "at least one problem", "none")
-        keep_config(folder / "config.yaml", config)
+        settings = settings_of(asdict(config), ("model", "problems", "eval_problems"))
+        keep_settings(folder / "config.yaml", settings, may_grow=("rounds",))
 
     def __call__(self) -> None:
         """Do all that is not done.
@@ -60,13 +60,15 @@ class Run:
             ValueError: something does not fit.
             OSError: a file cannot be read or written, or training failed.
         """
-        with launch.lock(self.folder / "lock"):
+        with lock(self.folder):
             for t in range(self.config.rounds + 1):
-                for stage in self.stages(t):
-                    self._do(t, stage)
+                for name, make in self.stages(t).items():
+                    if not (self._round(t) / name).exists():
+                        self.say(f"round {t}: {name}")
+                        complete(self._round(t) / name, partial(make, t))
 
-    def stages(self, t: int) -> list[Stage]:
-        """What round t makes, in order; round 0 only evaluates M0."""
+    def stages(self, t: int) -> dict[str, Callable[[int, Path], None]]:
+        """What round t makes, in order, and what makes it; round 0 only evaluates M0."""
         table: dict[str, Callable[[int, Path], None]] = {
             "samples.jsonl": self._sample,
             "labelled.jsonl": self._label,
@@ -76,19 +78,9 @@ class Run:
             "metrics.json": self._measure,
             "log_ratios.jsonl": self._compare,
         }
-        names = list(table) if t else ["evaluation", "metrics.json"]
         if self.config.log_ratios == 0:
-            names = [name for name in names if name != "log_ratios.jsonl"]
-        return [Stage(self._round(t) / name, partial(table[name], t)) for name in names]
-
-    def _do(self, t: int, stage: Stage) -> None:
-        if stage.path.exists():
-            return
-        self.say(f"round {t}: {stage.path.name}")
-        stage.path.parent.mkdir(parents=True, exist_ok=True)
-        part = stage.path.with_name(stage.path.name + ".part")
-        stage.make(part)
-        os.replace(part, stage.path)
+            del table["log_ratios.jsonl"]
+        return table if t else {name: table[name] for name in ("evaluation", "metrics.json")}
 
     def _round(self, t: int) -> Path:
         return self.folder / f"round_{t}"
@@ -157,24 +149,18 @@ class Run:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def _evaluate(self, t: int, part: Path) -> None:
-        c = self.config
-        draws = {
-            "greedy": Draw(1, 0.0, 0, c.prompt),
-            "sampled": Draw(
-                c.eval_num_samples, c.eval_temperature, self._seed(t, "evaluate"), c.prompt
-            ),
-        }
+        draws = files.evaluation_draws(self.config, self._seed(t, "evaluate"))
         labeller = partial(self._labeller, self.held_out)
         files.evaluate_into(part, self.held_out, partial(self._sampler, t), labeller, draws)
 
     def _measure(self, t: int, part: Path) -> None:
         c = self.config
-        found = files.measure(self._round(t) / "evaluation", seed=c.seed)
+        found = files.measure(self._round(t) / "evaluation", c)
         model = f"round_{t}/model" if t else c.model  # RUN may be moved
         about = {"round": t, "method": c.method, "model": model}
         about |= {"num_problems": len(self.held_out), "num_samples": c.eval_num_samples}
         files.write_metrics(part, about, found)
-        self.say(f"round {t}: " + ", ".join(f"{name} {e.value:.3f}" for name, e in found.items()))
+        self.say(f"round {t}: {files.shown(found)}")
 
     def _compare(self, t: int, part: Path) -> None:
         from transformers import AutoTokenizer
@@ -201,12 +187,3 @@ def balanced_weights(labels: Iterable[bool | None], ratio: float) -> dict[str, f
         return {"desirable_weight": 1.0, "undesirable_weight": 1.0}
     share = len(known) / (1 + ratio)
     return {"desirable_weight": ratio * share / right, "undesirable_weight": share / wrong}
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a file anew, on disk when this returns."""
-    with open(path, "wb") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())

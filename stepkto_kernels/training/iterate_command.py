@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from stepkto_kernels.training.label_command import add_reward_arguments
 
 DESCRIPTION = "Train in rounds: the last model samples, rewards label, the next model learns."
 EPILOG = """\
@@ -47,6 +50,8 @@ HELP = {
     "balance_outcomes": "right answers' weight, in all, over wrong ones'; 1.33 is KTO's advice",
     "log_ratios": "rows a round with log-ratios, default all",
     "num_processes": "of training, started by accelerate; default 1",
+    "equal": "of answers in Maj@k: text (default) or math-verify",
+    "resamples": "of the bootstrap, default 2000",
     "seed": "default 0",
     "device": "of sampling, default: a GPU where there is one",
     "dtype": "of the model there, default: as it was saved",
@@ -54,25 +59,26 @@ HELP = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from stepkto_kernels.training.label_command import add_reward_arguments
-
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
-    parser.usage = "%(prog)s --config FILE --output RUN [options]"
-    parser.add_argument("--output", type=Path, required=True, metavar="RUN", help="folder")
+    add_settings(parser, HELP)
+    parser.set_defaults(takes_more=True)
+
+
+def add_settings(parser: argparse.ArgumentParser, told: Mapping[str, str]) -> None:
+    """--output, --config, a flag for each of these settings, and those of the rewards."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s --config FILE --output FOLDER [options]"
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="to work in")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
-    for name, told in HELP.items():
-        parser.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=told)
+    for name, help_ in told.items():
+        parser.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=help_)
     add_reward_arguments(parser)
     # what is not given is the file's
     parser.set_defaults(**dict.fromkeys(reward_names()))
-    parser.set_defaults(takes_more=True)
 
 
 def reward_names() -> list[str]:
     """Of all flags of the rewards."""
-    from stepkto_kernels.training.label_command import add_reward_arguments
-
     scratch = argparse.ArgumentParser(add_help=False)
     add_reward_arguments(scratch)
     return sorted(vars(scratch.parse_args([])))
@@ -87,15 +93,15 @@ def run(args: argparse.Namespace) -> int:
         ImportError: an extra that is needed is not installed.
     """
     from stepkto_kernels.training.iterate import Run
-    from stepkto_kernels.training.iterate_config import from_mapping
+    from stepkto_kernels.training.iterate_config import IterateConfig, from_mapping
 
-    say = lambda line: print(line, flush=True)
-    Run(args.output, from_mapping(gather(args)), say)()
+    config = from_mapping(IterateConfig, gather(args, HELP))
+    Run(args.output, config, say=lambda line: print(line, flush=True))()
     return 0
 
 
-def gather(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings of the file and then of the flags.
+def gather(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Settings of the file and then of the flags; names: of flags that are settings themselves.
 
     Raises:
         ValueError: the file is no mapping, or `rewards` or `training` in it is none.
@@ -104,11 +110,12 @@ def gather(args: argparse.Namespace) -> dict[str, Any]:
     from stepkto_kernels.training.command import read_flags, read_yaml
 
     given = {} if args.config is None else read_yaml(args.config)
-    flags = {name: getattr(args, name) for name in HELP}
+    flags = {name: getattr(args, name) for name in names}
     given |= {name: value for name, value in flags.items() if value is not None}
     rewards = {name: getattr(args, name) for name in reward_names()}
     rewards = {name: value for name, value in rewards.items() if value is not None}
-    for name, flags in (("rewards", rewards), ("training", read_flags(args.more))):
+    nested = {"rewards": rewards} | ({"training": read_flags(args.more)} if args.takes_more else {})
+    for name, flags in nested.items():
         in_file = given.get(name) or {}
         checks.require(isinstance(in_file, dict), name, "`option: value` lines", in_file)
         given[name] = {str(k).replace("-", "_"): v for k, v in in_file.items()} | flags

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +72,3 @@ def newest_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError, KeyError):
             continue  # killed while it was written
     return found[max(found)] if found else None
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """The right to work in a folder; given up when the process ends, however it does.
-
-    Raises:
-        ValueError: another process has it.
-    """
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            want = f"{path.parent}: want a run that nothing else works on"
-            raise ValueError(f"{want}, got one at work") from None
-        yield

@@ -1,0 +1,275 @@
+"""`stepkto iterate` end to end on the arithmetic task, killed and gone on with."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("yaml")
+
+from stepkto_kernels.cli import main  # noqa: E402
+from stepkto_kernels.training import evaluation_files, launch, run_folder  # noqa: E402
+from stepkto_kernels.training.arguments import StepKTOArguments  # noqa: E402
+from stepkto_kernels.training.completion_trainer import CompletionTrainer  # noqa: E402
+from stepkto_kernels.training.iterate import balanced_weights  # noqa: E402
+from stepkto_kernels.training.records import Problem, RowWriter  # noqa: E402
+from stepkto_kernels.training.rewards import arithmetic  # noqa: E402
+from stepkto_kernels.training.run_folder import write_rows  # noqa: E402
+from stepkto_kernels.training.tiny import make_data, make_model  # noqa: E402
+from stepkto_kernels.training.trainer import StepKTOTrainer  # noqa: E402
+
+METHODS = ("step_kto", "kto", "sft")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A first model that writes solutions, and problems."""
+    folder = tmp_path_factory.mktemp("inputs")
+    args = StepKTOArguments(
+        output_dir=str(folder / "m0"),
+        use_cpu=True,
+        max_steps=120,
+        learning_rate=1e-2,
+        per_device_train_batch_size=32,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model, data = make_model(folder / "new"), make_data(folder / "sft.jsonl", 1000)
+    trainer = CompletionTrainer(str(model), args=args, train_dataset=str(data))
+    trainer.train()
+    trainer.save_model()
+    draw = random.Random(0)
+    for name, number in (("train", 10), ("test", 6)):
+        problems = [arithmetic.make_problem(draw) for _ in range(number)]
+        rows = [
+            asdict(Problem(f"{name} {i}", each.text.strip(), str(each.answer)))
+            for i, each in enumerate(problems)
+        ]
+        write_rows(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Training in this process, where transformers is loaded; small chunks, so that there are
+    several."""
+
+    def run(words):
+        assert words[:3] == launch.TRAIN
+        assert main(words[2:]) == 0
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(evaluation_files, "CHUNK", 4)
+
+
+def words(inputs, run, method="step_kto", *more):
+    config = inputs / f"{method}.yaml"
+    config.write_text(
+        f"""
+model: {inputs / "m0"}
+problems: {inputs / "train.jsonl"}
+eval_problems: {inputs / "test.jsonl"}
+method: {method}
+rounds: 2
+num_samples: 4
+eval_num_samples: 4
+max_new_tokens: 48
+rewards: {{outcome: exact, process: arithmetic}}
+training: {{use_cpu: true, per_device_train_batch_size: 4, learning_rate: 1e-4, max_steps: 5,
+  save_steps: 2, logging_steps: 1, disable_tqdm: true}}
+"""
+    )
+    return ["iterate", "--config", str(config), "--output", str(run), *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    """A run of each method, made when it is first asked for."""
+    made = {}
+
+    def get(method="step_kto"):
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp("runs") / method
+            assert main(words(inputs, made[method], method)) == 0
+        return made[method]
+
+    return get
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_rounds(undisturbed, method):
+    run = undisturbed(method)
+    for t in range(3):
+        metrics = json.loads((run / f"round_{t}" / "metrics.json").read_text())
+        assert metrics["round"] == t and metrics["method"] == method
+        assert metrics["num_problems"] == 6 and metrics["num_samples"] == 4
+        for name in ("pass@1", "pass@4", "maj@4", "sample_accuracy", "step_accuracy", "answered"):
+            found = metrics["metrics"][name]
+            assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+    for t in (1, 2):
+        here = run / f"round_{t}"
+        labelled = rows(here / "labelled.jsonl")
+        assert len(rows(here / "samples.jsonl")) == len(labelled) == 40
+        assert len(rows(here / "log_ratios.jsonl")) == 40
+        selected = rows(here / "selected.jsonl")
+        right = [row for row in labelled if row["label"]]
+        assert 0 < len(right) < 40
+        assert selected == (right if method == "sft" else labelled)
+        state = json.loads((here / "model" / "trainer_state.json").read_text())
+        assert state["global_step"] == 5 and state["log_history"]
+        assert not list(here.glob("*.part")) and not list(here.glob("model/checkpoint*"))
+        weights = [(r / "model.safetensors").read_bytes() for r in (here / "model", before(run, t))]
+        assert weights[0] != weights[1]
+
+
+def before(run, t):
+    return run / f"round_{t - 1}" / "model" if t > 1 else Path(model_of(run))
+
+
+def model_of(run):
+    import yaml
+
+    return yaml.safe_load((run / "config.yaml").read_text())["model"]
+
+
+def test_methods_start_from_the_same_samples_and_part_ways(undisturbed):
+    first = {(undisturbed(m) / "round_1" / "samples.jsonl").read_bytes() for m in METHODS}
+    second = {(undisturbed(m) / "round_2" / "samples.jsonl").read_bytes() for m in METHODS}
+    assert len(first) == 1 and len(second) == 3
+
+
+def test_log_ratios_are_those_of_the_models(undisturbed):
+    """Against full logits of both models, and a log-softmax in fp64."""
+    import torch
+
+    run = undisturbed()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "round_2" / "model")
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(run / f"round_{t}" / "model").eval()
+        for t in (2, 1)
+    ]
+    found = {(r["problem_id"], r["sample"]): r["steps"] for r in rows(run / "round_2/log_ratios.jsonl")}
+    for row in rows(run / "round_2" / "labelled.jsonl")[::7]:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        pieces = [tokenizer(piece)["input_ids"] for piece in row["completions"]]
+        ids = torch.tensor([prompt + sum(pieces, [])])
+        with torch.no_grad():
+            logps = [model(ids).logits.double().log_softmax(-1)[0, :-1] for model in models]
+        ratio = (logps[0] - logps[1]).gather(1, ids[0, 1:, None])[:, 0]
+        parts = ratio[len(prompt) - 1 :].split([len(piece) for piece in pieces])
+        wanted = [float(part.sum()) for part in parts]
+        assert found[row["problem_id"], row["sample"]] == pytest.approx(wanted, abs=2e-5)
+
+
+class Killed(Exception):
+    pass
+
+
+def die_in(method_of, name, count, when=lambda *args: True, torn=None):
+    """Make the count-th call of a method the last thing that this process does."""
+    original, left = getattr(method_of, name), [count]
+
+    def deadly(*args, **kwargs):
+        if when(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                if torn is not None:
+                    torn(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(method_of, name, deadly)
+
+
+def tear(writer, row):
+    writer._file.write(json.dumps(row)[:30].encode())
+    writer._file.flush()
+
+
+def is_file(name):
+    return lambda writer, row: writer.path.name == name
+
+
+DEATHS = {
+    "evaluating M0": lambda: die_in(RowWriter, "write", 9, is_file("sampled_samples.jsonl"), tear),
+    "judging M0": lambda: die_in(RowWriter, "write", 7, is_file("sampled.jsonl")),
+    "naming metrics": lambda: die_in(run_folder.os, "replace", 2),
+    "sampling": lambda: die_in(RowWriter, "write", 19, is_file("samples.jsonl.part"), tear),
+    "labelling": lambda: die_in(RowWriter, "write", 10, is_file("labelled.jsonl.part"), tear),
+    "before a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 2),
+    "behind a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 4),
+    "in a checkpoint": lambda: die_in(StepKTOTrainer, "_save_optimizer_and_scheduler", 1),
+    "trained": lambda: die_in(launch.json, "loads", 1, lambda *a: False),
+    "naming the model": lambda: die_in(run_folder.os, "replace", 1, lambda a, b: b.name == "model"),
+    "comparing": lambda: die_in(run_folder, "write_rows", 1),
+}
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_files(inputs, undisturbed, tmp_path):
+    whole, run = undisturbed(), tmp_path / "run"
+    for name, arm in DEATHS.items():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                arm()
+                main(words(inputs, run))
+            finally:
+                os._exit(17)  # it went on to the end: the test that forked must not go on here
+        status = os.waitpid(pid, 0)[1]
+        if name != "trained":
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, name
+    assert main(words(inputs, run)) == 0
+    compared = 0
+    for path in sorted(whole.rglob("*")):
+        ours = run / path.relative_to(whole)
+        if path.suffix in (".json", ".jsonl", ".safetensors") and path.name != "trainer_state.json":
+            assert ours.read_bytes() == path.read_bytes(), path
+            compared += 1
+    assert compared > 20
+
+
+def test_a_finished_run_does_nothing_again(inputs, undisturbed, capsys):
+    run = undisturbed()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"}
+    assert main(words(inputs, run)) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "round" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--temperature", "0.5"], "temperature: want 1.0"),
+        (["--rounds", "1"], "rounds: want at least 2"),
+        (["--learning-rate", "1e-5"], "training: want"),
+        (["--after-error", "wrong"], "rewards: want"),
+    ],
+)
+def test_another_config_is_refused(inputs, undisturbed, capsys, more, said):
+    assert main(words(inputs, undisturbed(), "step_kto", *more)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_changed_problems_are_refused(inputs, undisturbed, capsys, tmp_path):
+    run, problems = undisturbed(), inputs / "train.jsonl"
+    content = problems.read_bytes()
+    try:
+        problems.write_bytes(content + b'{"id": "one more", "problem": "?", "answer": "1"}\n')
+        assert main(words(inputs, run)) == 2
+    finally:
+        problems.write_bytes(content)
+    assert "problems_sha256: want" in capsys.readouterr().err
