@@ -4,9 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,10 +13,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 
 from stepkto_kernels.cli import main  # noqa: E402
-from stepkto_kernels.training import evaluation_files, launch, run_folder  # noqa: E402
+from stepkto_kernels.training import evaluation_files, iterate, launch, run_folder  # noqa: E402
 from stepkto_kernels.training.arguments import StepKTOArguments  # noqa: E402
 from stepkto_kernels.training.completion_trainer import CompletionTrainer  # noqa: E402
-from stepkto_kernels.training.iterate import balanced_weights  # noqa: E402
 from stepkto_kernels.training.records import Problem, RowWriter  # noqa: E402
 from stepkto_kernels.training.rewards import arithmetic  # noqa: E402
 from stepkto_kernels.training.run_folder import write_rows  # noqa: E402
@@ -162,7 +158,8 @@ def test_log_ratios_are_those_of_the_models(undisturbed):
         transformers.AutoModelForCausalLM.from_pretrained(run / f"round_{t}" / "model").eval()
         for t in (2, 1)
     ]
-    found = {(r["problem_id"], r["sample"]): r["steps"] for r in rows(run / "round_2/log_ratios.jsonl")}
+    written = rows(run / "round_2" / "log_ratios.jsonl")
+    found = {(row["problem_id"], row["sample"]): row["steps"] for row in written}
     for row in rows(run / "round_2" / "labelled.jsonl")[::7]:
         prompt = tokenizer(row["prompt"])["input_ids"]
         pieces = [tokenizer(piece)["input_ids"] for piece in row["completions"]]
@@ -173,10 +170,6 @@ def test_log_ratios_are_those_of_the_models(undisturbed):
         parts = ratio[len(prompt) - 1 :].split([len(piece) for piece in pieces])
         wanted = [float(part.sum()) for part in parts]
         assert found[row["problem_id"], row["sample"]] == pytest.approx(wanted, abs=2e-5)
-
-
-class Killed(Exception):
-    pass
 
 
 def die_in(method_of, name, count, when=lambda *args: True, torn=None):
@@ -210,12 +203,13 @@ DEATHS = {
     "naming metrics": lambda: die_in(run_folder.os, "replace", 2),
     "sampling": lambda: die_in(RowWriter, "write", 19, is_file("samples.jsonl.part"), tear),
     "labelling": lambda: die_in(RowWriter, "write", 10, is_file("labelled.jsonl.part"), tear),
+    "selecting": lambda: die_in(iterate, "write_rows", 1),
     "before a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 2),
     "behind a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 4),
     "in a checkpoint": lambda: die_in(StepKTOTrainer, "_save_optimizer_and_scheduler", 1),
-    "trained": lambda: die_in(launch.json, "loads", 1, lambda *a: False),
+    "removing checkpoints": lambda: die_in(iterate.shutil, "rmtree", 1),
     "naming the model": lambda: die_in(run_folder.os, "replace", 1, lambda a, b: b.name == "model"),
-    "comparing": lambda: die_in(run_folder, "write_rows", 1),
+    "comparing": lambda: die_in(iterate, "write_rows", 1),
 }
 
 
@@ -230,8 +224,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_files(inputs, undisturbed, tmp_p
             finally:
                 os._exit(17)  # it went on to the end: the test that forked must not go on here
         status = os.waitpid(pid, 0)[1]
-        if name != "trained":
-            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, name
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, name
     assert main(words(inputs, run)) == 0
     compared = 0
     for path in sorted(whole.rglob("*")):
