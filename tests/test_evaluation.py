@@ -154,8 +154,8 @@ def test_interval_of_a_share_is_the_binomial_one():
 
 
 def test_coverage_of_a_ratio_of_clusters():
-    """Errors in right solutions, 8 solutions a problem that share its difficulty: the interval has
-    the true share in it about 95 times of 100; one that took solutions for independent would not."""
+    """The solutions of a problem share its difficulty: the interval has the true share in it about
+    95 times of 100, and one that took solutions for independent has not."""
     rng = np.random.default_rng(0)
     runs, problems, covered, naive = 400, 60, 0, 0
     true = 1 / 3  # of Beta(1, 2), whatever the weights that do not depend on it

@@ -4,6 +4,9 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from stepkto_kernels.cli import main  # noqa: E402
 from stepkto_kernels.training import evaluation_files, iterate, launch, run_folder  # noqa: E402
 from stepkto_kernels.training.arguments import StepKTOArguments  # noqa: E402
 from stepkto_kernels.training.completion_trainer import CompletionTrainer  # noqa: E402
+from stepkto_kernels.training.iterate import balanced_weights  # noqa: E402
 from stepkto_kernels.training.records import Problem, RowWriter  # noqa: E402
 from stepkto_kernels.training.rewards import arithmetic  # noqa: E402
 from stepkto_kernels.training.run_folder import write_rows  # noqa: E402
@@ -207,7 +211,7 @@ DEATHS = {
     "before a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 2),
     "behind a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 4),
     "in a checkpoint": lambda: die_in(StepKTOTrainer, "_save_optimizer_and_scheduler", 1),
-    "removing checkpoints": lambda: die_in(iterate.shutil, "rmtree", 1),
+    "removing checkpoints": lambda: die_in(launch.shutil, "rmtree", 1),
     "naming the model": lambda: die_in(run_folder.os, "replace", 1, lambda a, b: b.name == "model"),
     "comparing": lambda: die_in(iterate, "write_rows", 1),
 }
@@ -225,6 +229,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_files(inputs, undisturbed, tmp_p
                 os._exit(17)  # it went on to the end: the test that forked must not go on here
         status = os.waitpid(pid, 0)[1]
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, name
+        if name == "in a checkpoint":  # from scratch it would have died in that of step 2
+            assert (run / "round_1" / "model.part" / "checkpoint-4").exists()
     assert main(words(inputs, run)) == 0
     compared = 0
     for path in sorted(whole.rglob("*")):
@@ -233,6 +239,79 @@ def test_killed_anywhere_it_goes_on_to_the_same_files(inputs, undisturbed, tmp_p
             assert ours.read_bytes() == path.read_bytes(), path
             compared += 1
     assert compared > 20
+
+
+def test_training_goes_on_from_the_newest_whole_checkpoint(tmp_path):
+    assert launch.newest_checkpoint(tmp_path) is None
+    for step, content in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"gl')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert launch.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_balanced_weights():
+    found = balanced_weights([True, True, False, None] * 5 + [False] * 20, 1.33)
+    right, wrong = found["desirable_weight"], found["undesirable_weight"]
+    assert 10 * right == pytest.approx(1.33 * 25 * wrong)
+    assert 10 * right + 25 * wrong == pytest.approx(35)
+    assert set(balanced_weights([True, None], 1.33).values()) == {1.0}
+
+
+def test_weights_are_balanced_and_adapters_merged(inputs, tmp_path):
+    pytest.importorskip("peft")
+    run = tmp_path / "run"
+    more = ["--balance-outcomes", "1.33", "--lora-rank", "4", "--reference-point", "zero"]
+    assert main(words(inputs, run, "step_kto", "--log-ratios", "3", *more)) == 0
+    for t in (1, 2):
+        here = run / f"round_{t}"
+        labels = [row["label"] for row in rows(here / "selected.jsonl")]
+        text = (here / "training.yaml").read_text()
+        for name, value in balanced_weights(labels, 1.33).items():
+            assert f"{name}: {value}" in text
+        assert not list((here / "model").glob("adapter*"))
+        state = transformers.AutoModelForCausalLM.from_pretrained(here / "model").state_dict()
+        assert not any("lora" in name for name in state)
+        assert len(rows(here / "log_ratios.jsonl")) == 3
+        assert any(abs(x) > 1e-6 for x in rows(here / "log_ratios.jsonl")[0]["steps"])
+
+
+def test_killed_for_real_it_takes_its_training_with_it(inputs, tmp_path, monkeypatch):
+    """The command as users start it, its training in a process of its own."""
+    run = tmp_path / "run"
+    more = ["--rounds", "1", "--max-steps", "100000", "--log-ratios", "0"]
+    command = [sys.executable, "-m", "stepkto_kernels.cli", *words(inputs, run, "kto", *more)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = run / "round_1" / "model.part"
+    try:
+        wait_for(lambda: launch.newest_checkpoint(part) is not None)
+        assert main(words(inputs, run, "kto", *more)) == 2  # two at a time would be one too many
+    finally:
+        process.kill()
+        process.wait()
+    wait_for(lambda: not trains(run))
+    assert launch.newest_checkpoint(part) is not None
+
+
+def wait_for(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+
+
+def trains(run):
+    """Whether a process trains for this run."""
+    mine = str(run / "round_1" / "training.yaml").encode()
+    commands = Path("/proc").glob("[0-9]*/cmdline")
+    return any(mine in read(path) for path in commands)
+
+
+def read(path):
+    try:
+        return path.read_bytes()
+    except OSError:  # gone
+        return b""
 
 
 def test_a_finished_run_does_nothing_again(inputs, undisturbed, capsys):

@@ -258,9 +258,11 @@ def lora_config(own: Options) -> Any:
         return None
     from peft import LoraConfig
 
-    alpha = own.get("lora_alpha", 2 * rank)
+    alpha = float(own.get("lora_alpha", 2 * int(rank)))
     targets = own.get("lora_targets", "all-linear")
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]  # PEFT would take it for a pattern of whole names
+    return LoraConfig(r=int(rank), lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def options_table(cls: type) -> str:

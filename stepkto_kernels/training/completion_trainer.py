@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepkto_kernels import checks
 from stepkto_kernels.linear_logprobs import linear_logprobs
 from stepkto_kernels.training import head_calls
 from stepkto_kernels.training.batch import IGNORED
@@ -22,13 +23,16 @@ class CompletionTrainer(StepKTOTrainer):
     loss of an evaluation is the mean over its batches.
 
     Args:
-        as StepKTOTrainer; ref_model has to be None.
+        as StepKTOTrainer.
+    Raises:
+        ValueError: as StepKTOTrainer; in training and evaluation: a ref_model was given.
     """
 
     _tag_names = ["sft"]
 
     def _prepare_reference(self) -> None:
-        pass
+        has_one = self.reference.model is not None
+        checks.require(not has_one, "ref_model", "None: nothing is compared with it", "a model")
 
     @torch.no_grad()
     def _step_context(self, model: nn.Module, batches: Sequence[Batch]) -> StepContext:

@@ -7,7 +7,6 @@ until it is complete. So what stands is done, and a killed run goes on with the 
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -144,9 +143,13 @@ class Run:
             options |= balanced_weights(labels, c.balance_outcomes)
         own = {"model": self.model(t - 1), "data": str(data), "output": str(part)}
         own["method"] = c.method
-        launch.train(own | options, self._round(t) / "training.yaml", c.num_processes)
-        for left in (*part.glob("checkpoint-*"), *part.glob("ref_logps_*")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        launch.train(
+            own | options,
+            self._round(t) / "training.yaml",
+            c.num_processes,
+            c.accelerate_config,
+        )
+        launch.tidy(part)
 
     def _evaluate(self, t: int, part: Path) -> None:
         draws = files.evaluation_draws(self.config, self._seed(t, "evaluate"))

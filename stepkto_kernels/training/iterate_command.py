@@ -52,6 +52,7 @@ HELP = {
     "num_processes": "of training, started by accelerate; default 1",
     "equal": "of answers in Maj@k: text (default) or math-verify",
     "resamples": "of the bootstrap, default 2000",
+    "accelerate_config": "file of `accelerate config` to train with",
     "seed": "default 0",
     "device": "of sampling, default: a GPU where there is one",
     "dtype": "of the model there, default: as it was saved",

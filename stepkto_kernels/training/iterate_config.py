@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from stepkto_kernels import checks
 from stepkto_kernels.training import label_command
-from stepkto_kernels.training.command import METHODS, Options, as_words, parse
+from stepkto_kernels.training.command import METHODS, OWN, Options, as_words, lora_config, parse
 
 OURS = ("model", "data", "output", "method", "resume", "ref_model")  # not for `training:`
 EQUALITIES = ("text", "math-verify")
@@ -103,6 +103,7 @@ class IterateConfig(SamplingConfig):
             in `training`.
         log_ratios: rows a round of which log-ratios are written; None: all, 0: none.
         num_processes: of training; more than 1 are started by accelerate.
+        accelerate_config: file of `accelerate config`, such as for FSDP.
         training: options of `stepkto train`, StepKTOArguments' among them.
     Raises:
         ValueError: a setting is out of range or not known.
@@ -118,6 +119,7 @@ class IterateConfig(SamplingConfig):
     balance_outcomes: float | None = None
     log_ratios: int | None = None
     num_processes: int = 1
+    accelerate_config: str | None = None
     training: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -137,7 +139,11 @@ class IterateConfig(SamplingConfig):
             checks.require(self.method != "sft", "balance_outcomes", "none with method sft", "one")
             given = sorted({"desirable_weight", "undesirable_weight"} & self.training.keys())
             checks.require(not given, "training", "no weights with balance_outcomes", given)
-        parse({"output": "training", "method": self.method}, self.training)
+        flags = {name.replace("-", "_") for name in OWN}
+        own = {name: value for name, value in self.training.items() if name in flags}
+        rest = {name: value for name, value in self.training.items() if name not in flags}
+        parse({"output": "training", "method": self.method}, rest)
+        lora_config(own)
 
 
 class RewardParser(ArgumentParser):

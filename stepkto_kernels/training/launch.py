@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,19 @@ from typing import Any
 TRAIN = ["-m", "stepkto_kernels.cli", "train"]
 
 
-def train(options: Mapping[str, Any], config: Path, num_processes: int = 1) -> None:
+def train(
+    options: Mapping[str, Any],
+    config: Path,
+    num_processes: int = 1,
+    accelerate_config: str | None = None,
+) -> None:
     """`stepkto train` with these options, from the newest complete checkpoint in its output.
 
     Args:
         options: of `stepkto train`, "output" among them.
         config: YAML file to write them to.
         num_processes: more than 1 are started by `accelerate launch`.
+        accelerate_config: file of `accelerate config`, such as for FSDP; also starts it.
     Raises:
         OSError: it failed.
     """
@@ -30,8 +37,10 @@ def train(options: Mapping[str, Any], config: Path, num_processes: int = 1) -> N
     checkpoint = newest_checkpoint(Path(options["output"]))
     if checkpoint is not None:
         words += ["--resume", str(checkpoint)]
-    if num_processes > 1:
+    if num_processes > 1 or accelerate_config is not None:
         launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+        if accelerate_config is not None:
+            launcher += ["--config_file", accelerate_config]
         words = [*launcher, *words]
     run(words)
 
@@ -72,3 +81,27 @@ def newest_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError, KeyError):
             continue  # killed while it was written
     return found[max(found)] if found else None
+
+
+def tidy(folder: Path) -> None:
+    """Leave of a training's output the model: without checkpoints, an adapter merged into it.
+
+    What is killed half-way may be done again: training from the last checkpoint, then this.
+    """
+    if (folder / "adapter_config.json").exists():
+        merge_adapter(folder)
+    for left in (*folder.glob("adapter_*"), *folder.glob("ref_logps_*")):
+        left.unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def merge_adapter(folder: Path) -> None:
+    """Write the model that a PEFT adapter in a folder makes of its base, into the same folder.
+
+    The next round samples from it, trains it and compares with it as with any other model.
+    """
+    from peft import AutoPeftModelForCausalLM
+
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.merge_and_unload().save_pretrained(folder)
