@@ -19,7 +19,8 @@ from stepkto_kernels.cli import main  # noqa: E402
 from stepkto_kernels.training import evaluation_files, iterate, launch, run_folder  # noqa: E402
 from stepkto_kernels.training.arguments import StepKTOArguments  # noqa: E402
 from stepkto_kernels.training.completion_trainer import CompletionTrainer  # noqa: E402
-from stepkto_kernels.training.iterate import balanced_weights  # noqa: E402
+from stepkto_kernels.training.iterate import Run, balanced_weights  # noqa: E402
+from stepkto_kernels.training.iterate_config import IterateConfig, from_mapping  # noqa: E402
 from stepkto_kernels.training.records import Problem, RowWriter  # noqa: E402
 from stepkto_kernels.training.rewards import arithmetic  # noqa: E402
 from stepkto_kernels.training.run_folder import write_rows  # noqa: E402
@@ -250,6 +251,31 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(tmp_path):
     assert launch.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
+@pytest.mark.parametrize(
+    "options, launcher",
+    [
+        ({}, []),
+        ({"num_processes": 4}, "-m torch.distributed.run --standalone --nproc_per_node 4".split()),
+        (
+            {"num_processes": 4, "accelerate_config": "fsdp2.yaml"},
+            "-m accelerate.commands.launch --config_file fsdp2.yaml --num_processes 4".split(),
+        ),
+    ],
+)
+def test_how_training_is_started(tmp_path, monkeypatch, options, launcher):
+    started = []
+    monkeypatch.setattr(launch, "run", started.append)
+    config = tmp_path / "training.yaml"
+    launch.train({"model": "m", "output": str(tmp_path)}, config, **options)
+    assert started == [[*launcher, *launch.TRAIN, "--config", str(config)]]
+
+
+def test_training_that_fails_is_an_error(monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="want exit status 0, got 3"):
+        launch.run(["-c", "raise SystemExit(3)"])
+
+
 def test_balanced_weights():
     found = balanced_weights([True, True, False, None] * 5 + [False] * 20, 1.33)
     right, wrong = found["desirable_weight"], found["undesirable_weight"]
@@ -334,6 +360,104 @@ def test_a_finished_run_does_nothing_again(inputs, undisturbed, capsys):
 def test_another_config_is_refused(inputs, undisturbed, capsys, more, said):
     assert main(words(inputs, undisturbed(), "step_kto", *more)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_evaluate_is_a_round_s_evaluation(inputs, undisturbed, tmp_path, capsys):
+    folder = tmp_path / "e"
+    command = ["evaluate", "--config", str(evaluation_config(inputs)), "--output", str(folder)]
+    for _ in range(2):  # the second time from what stands
+        assert main(command) == 0
+        assert "| pass@4" in capsys.readouterr().out
+    wanted, found = undisturbed() / "round_0", folder
+    for name in ("evaluation/greedy.jsonl", "evaluation/sampled.jsonl"):
+        assert (found / name).read_bytes() == (wanted / name).read_bytes()
+    metrics = [json.loads((f / "metrics.json").read_text())["metrics"] for f in (found, wanted)]
+    assert metrics[0] == metrics[1]
+    assert main([*command, "--process", "none"]) == 2
+    assert "rewards: want" in capsys.readouterr().err
+
+
+def evaluation_config(inputs):
+    path = inputs / "evaluate.yaml"
+    path.write_text(
+        f"model: {inputs / 'm0'}\nproblems: {inputs / 'test.jsonl'}\neval-num-samples: 4\n"
+        "max_new_tokens: 48\nrewards: {outcome: exact, process: arithmetic}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--method", "ppo"], "method: want one of"),
+        (["--rounds", "0"], "rounds: want an int >= 1"),
+        (["--rounds", "two"], "rounds: want a number"),
+        (["--learning-rat", "1"], "did you mean learning_rate?"),
+        (["--output-dir", "x"], "output"),
+        (["--model-init-kwargs", "{"], "model_init_kwargs"),
+        (["--outcome", "vibes"], "argument --outcome"),
+        (["--prm", "x"], "--prm: want --process prm"),
+        (
+            ["--balance-outcomes", "1", "--desirable-weight", "2"],
+            "no weights with balance_outcomes",
+        ),
+        (["--method", "sft", "--balance-outcomes", "1"], "balance_outcomes: want none"),
+        (["--method", "kto", "--step-weight", "1"], "step_weight: want 0 with method kto"),
+        (["--lora-alpha", "2"], "want --lora-rank"),
+        (["--temperature", "0"], "temperature: want"),
+        (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_before_anything_is_done(inputs, tmp_path, capsys, change, said):
+    run = tmp_path / "run"
+    try:
+        status = main(words(inputs, run, "step_kto", *change))
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2 and not run.exists()
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_settings_that_are_not_known_are_named(inputs, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("modle: x\n")
+    assert main(["iterate", "--config", str(config), "--output", str(tmp_path / "run")]) == 2
+    assert "did you mean model?" in capsys.readouterr().err
+    config.write_text("model: x\nproblems: y\n")
+    assert main(["iterate", "--config", str(config), "--output", str(tmp_path / "run")]) == 2
+    assert "eval_problems: want it" in capsys.readouterr().err
+
+
+def test_the_file_of_the_readme_is_one():
+    import re
+
+    import yaml
+
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    config = from_mapping(IterateConfig, yaml.safe_load(block))
+    assert config.method == "step_kto" and config.rewards["process"] == "judge"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_problems_of_a_round(inputs, tmp_path, undisturbed, seed):
+    """Each once before any comes again."""
+    for number in (1, 4, 10, 25):
+        config = {"model": str(inputs / "m0"), "problems_per_round": number, "seed": seed}
+        paths = {n: str(inputs / f"{k}.jsonl") for n, k in PROBLEMS.items()}
+        run = Run(tmp_path / str(number), from_mapping(IterateConfig, config | paths))
+        drawn = [[p.id for p in run.problems_of(t)] for t in range(1, 6)]
+        assert all(len(set(ids)) == len(ids) for ids in drawn)
+        if number == 1:
+            assert len({ids[0] for ids in drawn}) == 5
+        if number == 4:
+            assert len({*drawn[0], *drawn[1], *drawn[2]}) == 10
+        if number >= 10:
+            assert all(len(ids) == 10 for ids in drawn) and drawn[0] != drawn[1]
+
+
+PROBLEMS = {"problems": "train", "eval_problems": "test"}
 
 
 def test_changed_problems_are_refused(inputs, undisturbed, capsys, tmp_path):

@@ -26,6 +26,7 @@ examples:
   stepkto train --config run.yaml --learning-rate 5e-7 --dry-run
   stepkto train --model M0 --data d.jsonl --output A --lora-rank 16 --reference-point zero \\
       --precompute-ref-log-probs
+  stepkto train --method sft --model BASE --data right.jsonl --output M0
   accelerate launch -m stepkto_kernels.cli train --config run.yaml
 
 A line of the data:
@@ -258,7 +259,7 @@ def lora_config(own: Options) -> Any:
         return None
     from peft import LoraConfig
 
-    alpha = float(own.get("lora_alpha", 2 * int(rank)))
+    alpha: Any = float(own.get("lora_alpha", 2 * int(rank)))
     targets = own.get("lora_targets", "all-linear")
     if isinstance(targets, str) and targets != "all-linear":
         targets = [targets]  # PEFT would take it for a pattern of whole names

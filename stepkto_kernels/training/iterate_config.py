@@ -102,8 +102,8 @@ class IterateConfig(SamplingConfig):
             right ones' is this many times that of all wrong ones', and their mean is 1. None: as
             in `training`.
         log_ratios: rows a round of which log-ratios are written; None: all, 0: none.
-        num_processes: of training; more than 1 are started by accelerate.
-        accelerate_config: file of `accelerate config`, such as for FSDP.
+        num_processes: of training, data parallel.
+        accelerate_config: file of `accelerate config`, such as for FSDP, to start them with.
         training: options of `stepkto train`, StepKTOArguments' among them.
     Raises:
         ValueError: a setting is out of range or not known.

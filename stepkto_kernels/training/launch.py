@@ -25,8 +25,9 @@ def train(
     Args:
         options: of `stepkto train`, "output" among them.
         config: YAML file to write them to.
-        num_processes: more than 1 are started by `accelerate launch`.
-        accelerate_config: file of `accelerate config`, such as for FSDP; also starts it.
+        num_processes: more than 1 are data parallel, started by torch.distributed.run.
+        accelerate_config: file of `accelerate config`, such as for FSDP: they are started by
+            `accelerate launch` with it.
     Raises:
         OSError: it failed.
     """
@@ -37,11 +38,13 @@ def train(
     checkpoint = newest_checkpoint(Path(options["output"]))
     if checkpoint is not None:
         words += ["--resume", str(checkpoint)]
-    if num_processes > 1 or accelerate_config is not None:
-        launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-        if accelerate_config is not None:
-            launcher += ["--config_file", accelerate_config]
-        words = [*launcher, *words]
+    if accelerate_config is not None:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", accelerate_config]
+        words = [*launcher, "--num_processes", str(num_processes), *words]
+    elif num_processes > 1:
+        # accelerate without a config file would start one only where there are no GPUs
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        words = [*launcher, "--nproc_per_node", str(num_processes), *words]
     run(words)
 
 
