@@ -37,9 +37,10 @@ def inputs(tmp_path_factory):
     args = StepKTOArguments(
         output_dir=str(folder / "m0"),
         use_cpu=True,
-        max_steps=120,
-        learning_rate=1e-2,
-        per_device_train_batch_size=32,
+        max_steps=200,
+        learning_rate=6e-3,
+        warmup_steps=10,
+        per_device_train_batch_size=16,
         lr_scheduler_type="cosine",
         save_strategy="no",
         report_to="none",
@@ -342,6 +343,7 @@ def read(path):
 
 def test_a_finished_run_does_nothing_again(inputs, undisturbed, capsys):
     run = undisturbed()
+    capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"}
     assert main(words(inputs, run)) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -393,13 +395,12 @@ def evaluation_config(inputs):
         (["--rounds", "0"], "rounds: want an int >= 1"),
         (["--rounds", "two"], "rounds: want a number"),
         (["--learning-rat", "1"], "did you mean learning_rate?"),
-        (["--output-dir", "x"], "output"),
-        (["--model-init-kwargs", "{"], "model_init_kwargs"),
+        (["--output-dir", "x"], "options of training only"),
         (["--outcome", "vibes"], "argument --outcome"),
         (["--prm", "x"], "--prm: want --process prm"),
         (
             ["--balance-outcomes", "1", "--desirable-weight", "2"],
-            "no weights with balance_outcomes",
+            "training: want no weights",
         ),
         (["--method", "sft", "--balance-outcomes", "1"], "balance_outcomes: want none"),
         (["--method", "kto", "--step-weight", "1"], "step_weight: want 0 with method kto"),

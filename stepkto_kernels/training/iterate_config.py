@@ -13,7 +13,8 @@ from stepkto_kernels import checks
 from stepkto_kernels.training import label_command
 from stepkto_kernels.training.command import METHODS, OWN, Options, as_words, lora_config, parse
 
-OURS = ("model", "data", "output", "method", "resume", "ref_model")  # not for `training:`
+# not for `training:`
+OURS = ("model", "data", "output", "output_dir", "method", "resume", "ref_model", "dry_run")
 EQUALITIES = ("text", "math-verify")
 ConfigT = TypeVar("ConfigT")
 
