@@ -22,13 +22,14 @@ from stepkto_kernels.training.evaluation import (  # noqa: E402
 )
 
 
-def row(problem, answer, label, steps=(), sample=0):
+def row(problem, answer, label, steps=(), sample=0, **more):
     pieces = [f"Step {i + 1}: so\n" for i in range(len(steps))]
     pieces.append("no idea" if answer is None else f"Answer: {answer}")
     labels = [*steps, None]
     return {
         **{"problem_id": problem, "sample": sample, "prompt": "?"},
         **{"completions": pieces, "labels": labels, "label": label},
+        **more,
     }
 
 
@@ -39,7 +40,8 @@ def random_rows(seed, problems=30, samples=8):
         for k in range(samples):
             answer = draw.choice(["5", "4", "3", None])
             steps = draw.choices([True, False, None], [4, 1, 1], k=draw.randrange(5))
-            rows.append(row(f"p{i}", answer, answer == "5", steps, k))
+            missing = draw.choice([0, 0, 0, 1])
+            rows.append(row(f"p{i}", answer, answer == "5", steps, k, missing_steps=missing))
     return rows
 
 

@@ -130,6 +130,7 @@ def test_two_rounds(undisturbed, method):
         selected = rows(here / "selected.jsonl")
         right = [row for row in labelled if row["label"]]
         assert 0 < len(right) < 40
+        assert all(row["missing_steps"] >= 0 for row in labelled)
         assert selected == (right if method == "sft" else labelled)
         state = json.loads((here / "model" / "trainer_state.json").read_text())
         assert state["global_step"] == 5 and state["log_history"]

@@ -57,7 +57,8 @@ def verdicts(rows: Sequence[Row], equal: Equal | None = None) -> list[Verdict]:
         name = None
         if answer is not None:
             name = RIGHT if row["label"] is True else _class_of(answer, classes, equal)
-        found.append(Verdict(row["label"] is True, name, steps))
+        missing = row.get("missing_steps", 0)
+        found.append(Verdict(row["label"] is True, name, steps, missing))
     return found
 
 
@@ -85,8 +86,8 @@ def estimates(
     pass@1: greedy solutions with the right answer. pass@k for k = 2, 4, 8, ... and for all samples
     of a problem: see `pass_at_k`. maj@k: problems whose most frequent sampled answer is right.
     sample_accuracy: right answers among all samples. step_errors_in_correct and its _greedy twin:
-    solutions with a wrong step among those with the right answer. step_accuracy: right steps among
-    all sampled ones. answered: samples with an answer. Step metrics are left out where no step has
+    solutions with a wrong or missing step among those with the right answer. step_accuracy: right
+    steps among all that were sampled or are missing. answered: samples with an answer. Step metrics are left out where no step has
     a verdict.
 
     Args:
@@ -130,7 +131,8 @@ def _counts(greedy: Sequence[Row], sampled: list[Verdict], k: int) -> dict[str, 
     counts["step_errors_in_correct"] = (sum(v.has_step_error for v in right), len(right))
     counts["step_errors_in_correct_greedy"] = (one.correct and one.has_step_error, one.correct)
     steps = [step for verdict in sampled for step in verdict.steps]
-    counts["step_accuracy"] = (sum(steps), len(steps))
+    missing = sum(verdict.missing_steps for verdict in sampled)
+    counts["step_accuracy"] = (sum(steps), len(steps) + missing)
     counts["answered"] = (sum(v.answer is not None for v in sampled), k)
     return counts
 
