@@ -87,8 +87,8 @@ def estimates(
     of a problem: see `pass_at_k`. maj@k: problems whose most frequent sampled answer is right.
     sample_accuracy: right answers among all samples. step_errors_in_correct and its _greedy twin:
     solutions with a wrong or missing step among those with the right answer. step_accuracy: right
-    steps among all that were sampled or are missing. answered: samples with an answer. Step metrics are left out where no step has
-    a verdict.
+    steps among all that were sampled or are missing. answered: samples with an answer. Step metrics
+    are left out where no step has a verdict.
 
     Args:
         greedy: one row for each problem.
