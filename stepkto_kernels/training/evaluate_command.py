@@ -18,13 +18,10 @@ examples:
   stepkto evaluate --model M1 --problems test.jsonl --output E1 --eval-num-samples 64 \\
       --process prm --prm PRM_FOLDER --prm-layout trl
 """
-TOLD = {
-    name: HELP[name]
-    for name in (
-        *("model", "problems", "max_new_tokens", "batch_size", "prompt", "eval_num_samples"),
-        *("eval_temperature", "equal", "resamples", "seed", "device", "dtype"),
-    )
-} | {"model": "folder or hub name", "problems": "JSON-lines file"}
+NAMES = "model problems max_new_tokens batch_size prompt backend eval_num_samples eval_temperature"
+NAMES += " equal resamples seed device dtype"
+TOLD = {name: HELP[name] for name in NAMES.split()}
+TOLD |= {"model": "folder or hub name", "problems": "JSON-lines file"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"problems: want at least one problem, got none in {config.problems}")
     folder = args.output
     keep_settings(folder / "config.yaml", settings_of(asdict(config), ("model", "problems")))
-    sampler = partial(sampling_model, config.model, config)
+    sampler = partial(sampling_model, config, config.model)
     labeller = partial(files.make_labeller, config.reward_arguments(folder / "rewards"), problems)
     draws = files.evaluation_draws(config, files.derived_seed(config.seed, "evaluate", 0))
     about: dict[str, Any] = {"model": config.model, "num_problems": len(problems)}

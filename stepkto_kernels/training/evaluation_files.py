@@ -12,10 +12,11 @@ from typing import Any
 
 from stepkto_kernels.training import evaluation, label_command
 from stepkto_kernels.training.bootstrap import Estimate
-from stepkto_kernels.training.drawing import sample_into
 from stepkto_kernels.training.iterate_config import SamplingConfig
 from stepkto_kernels.training.label import Labeller, label_into
 from stepkto_kernels.training.records import Problem, RowWriter, read_rows, read_samples
+from stepkto_kernels.training.sample import sample_into
+from stepkto_kernels.training.sampler import Sampler
 
 CHUNK = 64  # problems, or samples, that are worked on together
 
@@ -36,7 +37,7 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def draw(path: Path, problems: Sequence[Problem], sampler: Any, how: Draw) -> Iterator[int]:
+def draw(path: Path, problems: Sequence[Problem], sampler: Sampler, how: Draw) -> Iterator[int]:
     """Sample what the file does not have yet; gives the number of rows after each chunk."""
     with RowWriter(path) as writer:
         yield from sample_into(
@@ -76,7 +77,7 @@ def make_labeller(arguments: Any, problems: Iterable[Problem]) -> Iterator[Label
 def evaluate_into(
     folder: Path,
     problems: Sequence[Problem],
-    sampler: Callable[[], AbstractContextManager[Any]],
+    sampler: Callable[[], AbstractContextManager[Sampler]],
     labeller: Callable[[], AbstractContextManager[Labeller]],
     draws: Mapping[str, Draw],
 ) -> None:

@@ -29,6 +29,7 @@ from stepkto_kernels.training.run_folder import (
     settings_of,
     write_rows,
 )
+from stepkto_kernels.training.sampler import Sampler
 
 
 class Run:
@@ -104,8 +105,8 @@ class Run:
     def _seed(self, t: int, what: str) -> int:
         return derived_seed(self.config.seed, what, t)  # the same for every method
 
-    def _sampler(self, t: int) -> AbstractContextManager[Any]:
-        return sampling_model(self.model(t), self.config)
+    def _sampler(self, t: int) -> AbstractContextManager[Sampler]:
+        return sampling_model(self.config, self.model(t))
 
     def _labeller(self, problems: Sequence[Problem]) -> AbstractContextManager[Labeller]:
         # one cache of verdicts for all rounds

@@ -12,9 +12,11 @@ from typing import Any, NoReturn, TypeVar
 from stepkto_kernels import checks
 from stepkto_kernels.training import label_command
 from stepkto_kernels.training.command import METHODS, OWN, Options, as_words, lora_config, parse
+from stepkto_kernels.training.prompts import PROMPTS
 
 # not for `training:`
 OURS = ("model", "data", "output", "output_dir", "method", "resume", "ref_model", "dry_run")
+BACKENDS = ("transformers", "vllm")
 EQUALITIES = ("text", "math-verify")
 ConfigT = TypeVar("ConfigT")
 
@@ -27,7 +29,10 @@ class SamplingConfig:
         model: folder or hub name.
         max_new_tokens: longest completion, in tokens.
         batch_size: sequences that are decoded, or scored for log-ratios, at the same time.
-        prompt: how a problem becomes a prompt.
+        prompt: how a problem becomes a prompt: plain, steps or steps-text.
+        backend: what samples, transformers or vllm. Only the first ends with the same files to the
+            byte when it was killed.
+        backend_options: of vllm.LLM, such as tensor_parallel_size.
         eval_num_samples, eval_temperature: of held-out problems, beside a greedy solution.
         equal: how wrong answers are told from each other in Maj@k: by normalised text, or by
             math-verify.
@@ -44,6 +49,8 @@ class SamplingConfig:
     max_new_tokens: int = 1024
     batch_size: int = 64
     prompt: str = "plain"
+    backend: str = "transformers"
+    backend_options: Options = field(default_factory=dict)
     eval_num_samples: int = 8
     eval_temperature: float = 1.0
     equal: str = "text"
@@ -54,13 +61,18 @@ class SamplingConfig:
     rewards: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("model", "prompt", "device", "dtype"):
+        for name in ("model", "device", "dtype"):
             value = getattr(self, name)
             checks.require(isinstance(value, str) and bool(value), name, "a string", repr(value))
         for name in ("max_new_tokens", "batch_size", "eval_num_samples", "resamples"):
             checks.integer(name, getattr(self, name), low=1)
         checks.integer("seed", self.seed, low=0)
         checks.number("eval_temperature", self.eval_temperature, low=0, low_open=True)
+        checks.choice("prompt", self.prompt, PROMPTS)
+        checks.choice("backend", self.backend, BACKENDS)
+        checks.instance("backend_options", self.backend_options, dict)
+        unused = self.backend_options if self.backend == "transformers" else {}
+        checks.require(not unused, "backend_options", "none with transformers", unused)
         checks.choice("equal", self.equal, EQUALITIES)
         checks.instance("rewards", self.rewards, dict)
         self.reward_arguments(Path("rewards"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from stepkto_kernels import checks
 from stepkto_kernels.training.arguments import StepKTOArguments
+
+if TYPE_CHECKING:
+    from stepkto_kernels.training.iterate_config import SamplingConfig
+    from stepkto_kernels.training.sampler import Sampler
 
 
 def load_model(model: Any, args: StepKTOArguments) -> nn.Module:
@@ -63,19 +68,35 @@ def load_for_sampling(model: str, device: str = "auto", dtype: str = "auto") -> 
 
 
 @contextmanager
-def sampling_model(model: str, settings: Any) -> Iterator[Any]:
-    """A sampler of a model; its memory is given back at the end."""
-    from stepkto_kernels.training.drawing import LocalSampler
+def sampling_model(settings: SamplingConfig, model: str) -> Iterator[Sampler]:
+    """A sampler of a model by the backend that is asked for; its memory is given back at the end.
 
-    sampler = LocalSampler(
-        load_for_sampling(model, settings.device, settings.dtype),
-        AutoTokenizer.from_pretrained(model),
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-    )
+    Raises:
+        ValueError: an argument does not fit.
+        OSError: no such model.
+        ImportError: vLLM is asked for and not installed.
+    """
+    from stepkto_kernels.training.sampler import TransformersSampler, VLLMSampler
+
+    sampler: Any
+    length = settings.max_new_tokens
+    if settings.backend == "vllm":
+        options: dict[str, Any] = {"dtype": settings.dtype} | settings.backend_options
+        sampler, held = VLLMSampler(model, max_new_tokens=length, **options), "llm"
+    else:
+        sampler, held = (
+            TransformersSampler(
+                load_for_sampling(model, settings.device, settings.dtype),
+                AutoTokenizer.from_pretrained(model),
+                max_new_tokens=length,
+                batch_size=settings.batch_size,
+            ),
+            "model",
+        )
     try:
         yield sampler
     finally:
-        sampler.model = None
+        delattr(sampler, held)  # the caller may still hold the sampler
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
