@@ -195,21 +195,25 @@ def die_in(method_of, name, count, when=lambda *args: True, torn=None):
     setattr(method_of, name, deadly)
 
 
-def tear(writer, row):
-    writer._file.write(json.dumps(row)[:30].encode())
+def tear(writer, rows):
+    """Half of the rows, the last of them cut off."""
+    text = "\n".join(json.dumps(row) for row in rows)
+    writer._file.write(text[: len(text) // 2].encode())
     writer._file.flush()
 
 
 def is_file(name):
-    return lambda writer, row: writer.path.name == name
+    return lambda writer, rows: writer.path.name == name
 
 
 DEATHS = {
-    "evaluating M0": lambda: die_in(RowWriter, "write", 9, is_file("sampled_samples.jsonl"), tear),
-    "judging M0": lambda: die_in(RowWriter, "write", 7, is_file("sampled.jsonl")),
+    "evaluating M0": lambda: die_in(
+        RowWriter, "write_all", 2, is_file("sampled_samples.jsonl"), tear
+    ),
+    "judging M0": lambda: die_in(RowWriter, "write_all", 2, is_file("sampled.jsonl")),
     "naming metrics": lambda: die_in(run_folder.os, "replace", 2),
-    "sampling": lambda: die_in(RowWriter, "write", 19, is_file("samples.jsonl.part"), tear),
-    "labelling": lambda: die_in(RowWriter, "write", 10, is_file("labelled.jsonl.part"), tear),
+    "sampling": lambda: die_in(RowWriter, "write_all", 2, is_file("samples.jsonl.part"), tear),
+    "labelling": lambda: die_in(RowWriter, "write_all", 3, is_file("labelled.jsonl.part"), tear),
     "selecting": lambda: die_in(iterate, "write_rows", 1),
     "before a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 2),
     "behind a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 4),

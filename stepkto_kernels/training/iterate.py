@@ -7,6 +7,7 @@ until it is complete. So what stands is done, and a killed run goes on with the 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -30,6 +31,8 @@ from stepkto_kernels.training.run_folder import (
     write_rows,
 )
 from stepkto_kernels.training.sampler import Sampler
+
+EVERY = 20.0  # seconds between two lines of progress
 
 
 class Run:
@@ -117,13 +120,20 @@ class Run:
         c = self.config
         how = Draw(c.num_samples, c.temperature, self._seed(t, "sample"), c.prompt)
         with self._sampler(t - 1) as sampler:
-            for rows in files.draw(part, self.problems_of(t), sampler, how):
-                self.say(f"round {t}: {rows} samples")
+            self._follow(t, "samples", files.draw(part, self.problems_of(t), sampler, how))
 
     def _label(self, t: int, part: Path) -> None:
         with self._labeller(self.problems) as labeller:
-            for rows in files.judge(self._round(t) / "samples.jsonl", part, labeller):
-                self.say(f"round {t}: {rows} labelled")
+            judged = files.judge(self._round(t) / "samples.jsonl", part, labeller)
+            self._follow(t, "labelled", judged)
+
+    def _follow(self, t: int, what: str, counts: Iterable[int]) -> None:
+        """Do it, and say now and then how far it is."""
+        said = time.monotonic()
+        for count in counts:
+            if time.monotonic() - said > EVERY:
+                said = time.monotonic()
+                self.say(f"round {t}: {count} {what}")
 
     def _select(self, t: int, part: Path) -> None:
         rows = list_rows(self._round(t) / "labelled.jsonl")

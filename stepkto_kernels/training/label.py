@@ -133,9 +133,9 @@ def label_into(
     done = already_labelled(writer, samples)
     todo = [sample for sample in samples if sample.key not in done]
     for first in range(0, len(todo), chunk):
-        for row in labeller(todo[first : first + chunk]):
-            writer.write(row)
-            writer.rows.append(row)
+        rows = labeller(todo[first : first + chunk])
+        writer.write_all(rows)
+        writer.rows.extend(rows)
         yield len(writer.rows)
 
 

@@ -65,11 +65,10 @@ def sample_into(
         ]
         if not missing:
             continue
-        for sample in _sample_chunk(part, sampler, num_samples, temperature, seed, prompt):
-            if sample.key not in present:
-                row = as_row(sample)
-                writer.write(row)
-                writer.rows.append(row)
+        found = _sample_chunk(part, sampler, num_samples, temperature, seed, prompt)
+        rows = [as_row(sample) for sample in found if sample.key not in present]
+        writer.write_all(rows)
+        writer.rows.extend(rows)
         yield len(writer.rows)
 
 
