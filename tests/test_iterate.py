@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 
 from stepkto_kernels.cli import main  # noqa: E402
-from stepkto_kernels.training import evaluation_files, iterate, launch, run_folder  # noqa: E402
+from stepkto_kernels.training import iterate, launch, run_folder  # noqa: E402
 from stepkto_kernels.training.arguments import StepKTOArguments  # noqa: E402
 from stepkto_kernels.training.completion_trainer import CompletionTrainer  # noqa: E402
 from stepkto_kernels.training.iterate import Run, balanced_weights  # noqa: E402
@@ -63,15 +63,13 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Training in this process, where transformers is loaded; small chunks, so that there are
-    several."""
+    """Training in this process, where transformers is loaded."""
 
     def run(words):
         assert words[:3] == launch.TRAIN
         assert main(words[2:]) == 0
 
     monkeypatch.setattr(launch, "run", run)
-    monkeypatch.setattr(evaluation_files, "CHUNK", 4)
 
 
 def words(inputs, run, method="step_kto", *more):
@@ -86,6 +84,7 @@ rounds: 2
 num_samples: 4
 eval_num_samples: 4
 max_new_tokens: 48
+chunk: 4
 rewards: {{outcome: exact, process: arithmetic}}
 training: {{use_cpu: true, per_device_train_batch_size: 4, learning_rate: 1e-4, max_steps: 5,
   save_steps: 2, logging_steps: 1, disable_tqdm: true}}
@@ -210,10 +209,10 @@ DEATHS = {
     "evaluating M0": lambda: die_in(
         RowWriter, "write_all", 2, is_file("sampled_samples.jsonl"), tear
     ),
-    "judging M0": lambda: die_in(RowWriter, "write_all", 2, is_file("sampled.jsonl")),
+    "judging M0": lambda: die_in(RowWriter, "write_all", 1, is_file("sampled.jsonl"), tear),
     "naming metrics": lambda: die_in(run_folder.os, "replace", 2),
     "sampling": lambda: die_in(RowWriter, "write_all", 2, is_file("samples.jsonl.part"), tear),
-    "labelling": lambda: die_in(RowWriter, "write_all", 3, is_file("labelled.jsonl.part"), tear),
+    "labelling": lambda: die_in(RowWriter, "write_all", 1, is_file("labelled.jsonl.part"), tear),
     "selecting": lambda: die_in(iterate, "write_rows", 1),
     "before a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 2),
     "behind a checkpoint": lambda: die_in(StepKTOTrainer, "compute_loss", 4),
@@ -388,7 +387,7 @@ def evaluation_config(inputs):
     path = inputs / "evaluate.yaml"
     path.write_text(
         f"model: {inputs / 'm0'}\nproblems: {inputs / 'test.jsonl'}\neval-num-samples: 4\n"
-        "max_new_tokens: 48\nrewards: {outcome: exact, process: arithmetic}\n"
+        "max_new_tokens: 48\nchunk: 4\nrewards: {outcome: exact, process: arithmetic}\n"
     )
     return path
 

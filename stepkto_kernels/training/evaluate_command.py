@@ -18,8 +18,8 @@ examples:
   stepkto evaluate --model M1 --problems test.jsonl --output E1 --eval-num-samples 64 \\
       --process prm --prm PRM_FOLDER --prm-layout trl
 """
-NAMES = "model problems max_new_tokens batch_size prompt backend eval_num_samples eval_temperature"
-NAMES += " equal resamples seed device dtype"
+NAMES = "model problems max_new_tokens batch_size chunk prompt backend eval_num_samples"
+NAMES += " eval_temperature equal resamples seed device dtype"
 TOLD = {name: HELP[name] for name in NAMES.split()}
 TOLD |= {"model": "folder or hub name", "problems": "JSON-lines file"}
 

@@ -18,8 +18,6 @@ from stepkto_kernels.training.records import Problem, RowWriter, read_rows, read
 from stepkto_kernels.training.sample import sample_into
 from stepkto_kernels.training.sampler import Sampler
 
-CHUNK = 64  # problems, or samples, that are worked on together
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -29,6 +27,7 @@ class Draw:
     temperature: float
     seed: int
     prompt: str
+    chunk: int  # problems that are sampled together
 
 
 def derived_seed(*parts: object) -> int:
@@ -47,16 +46,16 @@ def draw(path: Path, problems: Sequence[Problem], sampler: Sampler, how: Draw) -
             num_samples=how.number,
             temperature=how.temperature,
             seed=how.seed,
-            chunk=CHUNK,
+            chunk=how.chunk,
             prompt=how.prompt,
         )
 
 
-def judge(samples: Path, labelled: Path, labeller: Labeller) -> Iterator[int]:
+def judge(samples: Path, labelled: Path, labeller: Labeller, chunk: int = 64) -> Iterator[int]:
     """Label what the file does not have yet; gives the number of rows after each chunk."""
     found = read_samples(samples)
     with RowWriter(labelled) as writer:
-        yield from label_into(writer, found, labeller, chunk=CHUNK)
+        yield from label_into(writer, found, labeller, chunk=chunk)
 
 
 @contextmanager
@@ -98,8 +97,11 @@ def evaluate_into(
 
 def evaluation_draws(config: SamplingConfig, seed: int) -> dict[str, Draw]:
     """What held-out problems are sampled for; seed: of the random ones."""
-    sampled = Draw(config.eval_num_samples, config.eval_temperature, seed, config.prompt)
-    return {"greedy": Draw(1, 0.0, 0, config.prompt), "sampled": sampled}
+    c = config
+    return {
+        "greedy": Draw(1, 0.0, 0, c.prompt, c.chunk),
+        "sampled": Draw(c.eval_num_samples, c.eval_temperature, seed, c.prompt, c.chunk),
+    }
 
 
 def measure(folder: Path, config: SamplingConfig) -> dict[str, Estimate]:

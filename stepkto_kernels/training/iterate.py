@@ -118,7 +118,7 @@ class Run:
 
     def _sample(self, t: int, part: Path) -> None:
         c = self.config
-        how = Draw(c.num_samples, c.temperature, self._seed(t, "sample"), c.prompt)
+        how = Draw(c.num_samples, c.temperature, self._seed(t, "sample"), c.prompt, c.chunk)
         with self._sampler(t - 1) as sampler:
             self._follow(t, "samples", files.draw(part, self.problems_of(t), sampler, how))
 

@@ -44,6 +44,7 @@ HELP = {
     "temperature": "of samples, default 1",
     "max_new_tokens": "longest completion, default 1024",
     "batch_size": "sequences decoded at once, default 64",
+    "chunk": "problems sampled, and lost by a kill, together; default 64",
     "prompt": "plain (default), steps: the paper's, or steps-text: that without a chat template",
     "backend": "what samples: transformers (default) or vllm",
     "eval_num_samples": "of a held-out problem, default 8",

@@ -29,6 +29,7 @@ class SamplingConfig:
         model: folder or hub name.
         max_new_tokens: longest completion, in tokens.
         batch_size: sequences that are decoded, or scored for log-ratios, at the same time.
+        chunk: problems that are sampled, and lost by a kill, together.
         prompt: how a problem becomes a prompt: plain, steps or steps-text.
         backend: what samples, transformers or vllm. Only the first ends with the same files to the
             byte when it was killed.
@@ -48,6 +49,7 @@ class SamplingConfig:
     model: str
     max_new_tokens: int = 1024
     batch_size: int = 64
+    chunk: int = 64
     prompt: str = "plain"
     backend: str = "transformers"
     backend_options: Options = field(default_factory=dict)
@@ -64,7 +66,7 @@ class SamplingConfig:
         for name in ("model", "device", "dtype"):
             value = getattr(self, name)
             checks.require(isinstance(value, str) and bool(value), name, "a string", repr(value))
-        for name in ("max_new_tokens", "batch_size", "eval_num_samples", "resamples"):
+        for name in ("max_new_tokens", "batch_size", "chunk", "eval_num_samples", "resamples"):
             checks.integer(name, getattr(self, name), low=1)
         checks.integer("seed", self.seed, low=0)
         checks.number("eval_temperature", self.eval_temperature, low=0, low_open=True)
