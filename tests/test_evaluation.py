@@ -20,6 +20,7 @@ from stepkto_kernels.training.evaluation import (  # noqa: E402
     powers_of_two,
     verdicts,
 )
+from stepkto_kernels.training.evaluation_files import equality  # noqa: E402
 
 
 def row(problem, answer, label, steps=(), sample=0, **more):
@@ -115,6 +116,16 @@ def test_answers_are_classes():
     same = lambda a, b: {a, b} == {"3/6", "0.5"}
     assert [v.answer for v in verdicts(halves, same)] == ["=3/6", "=3/6", "=7"]
     assert [v.answer for v in verdicts(halves)] == ["=3/6", "=0.5", "=7"]
+
+
+def test_math_verify_tells_answers_from_each_other():
+    pytest.importorskip("math_verify")
+    with equality("math-verify") as equal:
+        assert equal("1/2", "0.5") and equal("x+1", "1+x")
+        assert not equal("1/2", "0.6")
+        assert not equal("4", "5} \\boxed{4") and not equal("4", "5\nAnswer: 4")
+    with equality("text") as equal:
+        assert equal is None
 
 
 @pytest.mark.parametrize(

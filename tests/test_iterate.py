@@ -16,11 +16,16 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 
 from stepkto_kernels.cli import main  # noqa: E402
-from stepkto_kernels.training import iterate, launch, run_folder  # noqa: E402
+from stepkto_kernels.training import iterate, launch, run_folder, sampler  # noqa: E402
 from stepkto_kernels.training.arguments import StepKTOArguments  # noqa: E402
 from stepkto_kernels.training.completion_trainer import CompletionTrainer  # noqa: E402
 from stepkto_kernels.training.iterate import Run, balanced_weights  # noqa: E402
-from stepkto_kernels.training.iterate_config import IterateConfig, from_mapping  # noqa: E402
+from stepkto_kernels.training.iterate_config import (  # noqa: E402
+    EvaluateConfig,
+    IterateConfig,
+    from_mapping,
+)
+from stepkto_kernels.training.models import sampling_model  # noqa: E402
 from stepkto_kernels.training.records import Problem, RowWriter  # noqa: E402
 from stepkto_kernels.training.rewards import arithmetic  # noqa: E402
 from stepkto_kernels.training.run_folder import write_rows  # noqa: E402
@@ -474,3 +479,33 @@ def test_changed_problems_are_refused(inputs, undisturbed, capsys, tmp_path):
     finally:
         problems.write_bytes(content)
     assert "problems_sha256: want" in capsys.readouterr().err
+
+
+def test_another_first_model_is_refused(inputs, undisturbed, capsys):
+    run, weights = undisturbed(), inputs / "m0" / "model.safetensors"
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert main(words(inputs, run)) == 2
+    finally:
+        weights.write_bytes(content)
+    assert "model_sha256: want" in capsys.readouterr().err
+
+
+def test_vllm_is_given_its_options_and_given_up(inputs, tmp_path, monkeypatch):
+    made = []
+
+    class Fake:
+        def __init__(self, model, **options):
+            made.append((model, options))
+            self.llm = "much memory"
+
+    monkeypatch.setattr(sampler, "VLLMSampler", Fake)
+    settings = {"model": "m", "problems": "p", "backend": "vllm", "dtype": "bfloat16"}
+    settings["backend_options"] = {"tensor_parallel_size": 2}
+    with sampling_model(from_mapping(EvaluateConfig, settings), "m") as found:
+        pass
+    assert not hasattr(found, "llm")
+    assert made == [("m", {"max_new_tokens": 1024, "dtype": "bfloat16", "tensor_parallel_size": 2})]
+    with pytest.raises(ValueError, match="backend_options: want none"):
+        from_mapping(EvaluateConfig, settings | {"backend": "transformers"})

@@ -13,6 +13,8 @@ from typing import Any
 
 from stepkto_kernels import checks
 
+END = 2**20  # bytes
+
 
 def complete(path: Path, make: Callable[[Path], None]) -> None:
     """Make a file or folder under a temporary name, unless it is there, and then name it.
@@ -36,7 +38,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def settings_of(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    """Settings as they are kept: absolute paths, and digests of the files among them.
+    """Settings as they are kept: absolute paths, and digests of what is there.
 
     Args:
         values: what JSON can hold.
@@ -47,9 +49,28 @@ def settings_of(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, An
         path = Path(found[name])
         if path.exists():
             found[name] = str(path.absolute())
-        if path.is_file():
-            found[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[f"{name}_sha256"] = digest(path)
     return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of what a model's folder has in weights and JSON.
+
+    Of a file in a folder, the size and both ends: a model takes minutes to read, and training
+    changes every part of it.
+    """
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    for each in sorted(path.iterdir()):
+        if each.suffix in (".safetensors", ".bin", ".json") and each.name != "trainer_state.json":
+            size = each.stat().st_size
+            found.update(f"{each.name} {size}\n".encode())
+            with open(each, "rb") as file:
+                found.update(file.read(END))
+                file.seek(max(0, size - END))
+                found.update(file.read())
+    return found.hexdigest()
 
 
 def keep_settings(path: Path, wanted: Mapping[str, Any], may_grow: Sequence[str] = ()) -> None:
