@@ -15,7 +15,13 @@ from stepkto_kernels.bench import environment, plans, runner, scale, tune
 from stepkto_kernels.bench.problems import DTYPES, Shape
 from stepkto_kernels.kernels import tiles
 from stepkto_kernels.plan import MIB
-from stepkto_kernels.training import command, label_command
+from stepkto_kernels.training import (
+    command,
+    evaluate_command,
+    iterate_command,
+    label_command,
+    sample_command,
+)
 from stepkto_kernels.training.report import markdown_table
 
 PROGRAM = "stepkto"
@@ -138,7 +144,14 @@ COMMANDS = {
         doctor,
     ),
     "train": Command(command.DESCRIPTION, command.add_arguments, command.run),
+    "sample": Command(sample_command.DESCRIPTION, sample_command.add_arguments, sample_command.run),
     "label": Command(label_command.DESCRIPTION, label_command.add_arguments, label_command.run),
+    "iterate": Command(
+        iterate_command.DESCRIPTION, iterate_command.add_arguments, iterate_command.run
+    ),
+    "evaluate": Command(
+        evaluate_command.DESCRIPTION, evaluate_command.add_arguments, evaluate_command.run
+    ),
 }
 
 

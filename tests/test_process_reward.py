@@ -58,6 +58,10 @@ def test_checker_of_steps_that_are_not_lines():
     assert judge(lines[0] + lines[1], *lines[2:]) == [True] * (len(lines) - 1)
     assert judge(lines[0], "so\n" + lines[1])[1] is False
     assert judge(lines[0], "") == [True, None]
+    for kept in range(len(lines) + 1):
+        part = Solution(Problem("p", problem.text, ""), tuple(lines[:kept]))
+        assert ArithmeticSteps().missing_steps(part) == len(lines) - kept
+    assert ArithmeticSteps().missing_steps(Solution(part.problem, tuple(lines * 2))) == 0
     assert judge(lines[0], f"Answer: {value}\n", lines[1]) == [True, False, False]
     assert judge() == []
 

@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from stepkto_kernels import checks
+
 if TYPE_CHECKING:
     from stepkto_kernels.training.arguments import StepKTOArguments
 
@@ -24,6 +26,7 @@ examples:
   stepkto train --config run.yaml --learning-rate 5e-7 --dry-run
   stepkto train --model M0 --data d.jsonl --output A --lora-rank 16 --reference-point zero \\
       --precompute-ref-log-probs
+  stepkto train --method sft --model BASE --data right.jsonl --output M0
   accelerate launch -m stepkto_kernels.cli train --config run.yaml
 
 A line of the data:
@@ -40,6 +43,7 @@ OWN: dict[
     "output": {"help": "folder for checkpoints, the trained model and the metrics"},
     "eval-data": {"help": "JSON-lines file to evaluate on, by --eval-strategy"},
     "ref-model": {"help": "folder or hub name of the reference; default: the policy as it starts"},
+    "method": {"help": "step_kto (default), kto: outcomes only, or sft: learn every row"},
     "lora-rank": {"type": int, "help": "train a LoRA adapter of this rank instead of the model"},
     "lora-alpha": {"type": float, "help": "scale of the adapter, default: twice the rank"},
     "lora-targets": {
@@ -70,6 +74,7 @@ COMMON = {  # options of StepKTOArguments that --help shows
     "save_steps": "optimizer steps a checkpoint, default 500",
     "seed": "of the data order and of new weights, default 42",
 }
+METHODS = ("step_kto", "kto", "sft")
 REQUIRED = ("model", "data", "output")
 Options = dict[str, Any]
 
@@ -114,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
     own, options = gather(args)
     arguments = parse(own, options)
     if own.get("dry_run"):
+        if own.get("method") == "sft":
+            raise ValueError("--dry-run: want --method step_kto or kto with it, got sft")
         from stepkto_kernels.training.dry_run import dry_run
 
         print(dry_run(own, arguments), end="")
@@ -184,8 +191,15 @@ def parse(own: Options, options: Options) -> StepKTOArguments:
             raise ValueError(message)
 
     known = [field.name for field in fields(StepKTOArguments) if field.init]
+    method = own.get("method", "step_kto")
+    checks.choice("method", method, METHODS)
+    fixed: Options = {"step_weight": 0} if method == "kto" else {}
+    for name, value in fixed.items():
+        given = options.get(name)
+        if given is not None and float(given) != value:
+            raise ValueError(f"{name}: want {value} with method {method}, got {given}")
     words = ["--output_dir", str(own["output"])]
-    for name, value in (DEFAULTS | options).items():
+    for name, value in (DEFAULTS | options | fixed).items():
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *OWN], 1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -209,10 +223,14 @@ def as_words(name: str, value: Any) -> list[str]:
 def train(own: Options, arguments: StepKTOArguments) -> None:
     from transformers import PrinterCallback, ProgressCallback
 
+    from stepkto_kernels.training.completion_trainer import CompletionTrainer
     from stepkto_kernels.training.progress import progress
     from stepkto_kernels.training.trainer import StepKTOTrainer
 
-    trainer = StepKTOTrainer(
+    is_sft = own.get("method") == "sft"
+    if is_sft and "ref_model" in own:
+        raise ValueError("--ref-model: want none with --method sft, which compares with nothing")
+    trainer = (CompletionTrainer if is_sft else StepKTOTrainer)(
         own["model"],
         ref_model=own.get("ref_model"),
         args=arguments,
@@ -241,9 +259,11 @@ def lora_config(own: Options) -> Any:
         return None
     from peft import LoraConfig
 
-    alpha = own.get("lora_alpha", 2 * rank)
+    alpha: Any = float(own.get("lora_alpha", 2 * int(rank)))
     targets = own.get("lora_targets", "all-linear")
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]  # PEFT would take it for a pattern of whole names
+    return LoraConfig(r=int(rank), lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def options_table(cls: type) -> str:

@@ -29,6 +29,9 @@ NAMES = {True: "right", False: "wrong", None: "unlabelled"}
 class Labeller:
     """Makes rows of the data format, with `problem_id` and `sample` beside.
 
+    Where the process reward knows how many steps a solution should have, as the checker of the
+    arithmetic task does, `missing_steps` is there too.
+
     The line that only states the answer is a piece of the row and has no step label. A completion
     without text is one empty piece.
 
@@ -68,13 +71,14 @@ class Labeller:
         """
         problems = [self._problem(sample) for sample in samples]
         splits = [split_solution(sample.completion, self.style) for sample in samples]
+        solutions = [
+            Solution(problem, split.reasoning_steps, sample.prompt)
+            for problem, split, sample in zip(problems, splits, samples, strict=True)
+        ]
         steps: list[list[Label]] = [[None] * len(split.reasoning_steps) for split in splits]
         if self.process is not None:
-            solutions = [
-                Solution(problem, split.reasoning_steps, sample.prompt)
-                for problem, split, sample in zip(problems, splits, samples, strict=True)
-            ]
             steps = judge_steps(self.process, solutions)
+        missing = getattr(self.process, "missing_steps", None)
         outcomes = self._outcomes(problems, samples)
         rows = []
         for i, sample in enumerate(samples):
@@ -89,6 +93,8 @@ class Labeller:
                 "labels": labels,
                 "label": outcomes[i],
             }
+            if missing is not None:
+                row["missing_steps"] = missing(solutions[i])
             parse_row(row, f"problem {sample.problem_id!r}, sample {sample.sample}")
             rows.append(row)
         return rows
@@ -127,9 +133,9 @@ def label_into(
     done = already_labelled(writer, samples)
     todo = [sample for sample in samples if sample.key not in done]
     for first in range(0, len(todo), chunk):
-        for row in labeller(todo[first : first + chunk]):
-            writer.write(row)
-            writer.rows.append(row)
+        rows = labeller(todo[first : first + chunk])
+        writer.write_all(rows)
+        writer.rows.extend(rows)
         yield len(writer.rows)
 
 

@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("output", "JSON-lines file to write, or to go on with"),
     ):
         parser.add_argument(f"--{name}", required=True, type=Path, metavar="FILE", help=told)
+    parser.add_argument("--chunk", type=int, default=64, help="samples at once, default 64")
+    add_reward_arguments(parser)
+
+
+def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose both rewards: also those of `stepkto evaluate` and `iterate`."""
     parser.add_argument(
         "--outcome",
         choices=OUTCOMES,
@@ -92,7 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--outcome-timeout", type=float, default=5.0, help="seconds of a comparison, default 5"
     )
-    parser.add_argument("--chunk", type=int, default=64, help="samples at once, default 64")
     for process, table in (("prm", PRM), ("judge", JUDGE)):
         group = parser.add_argument_group(f"--process {process}")
         for name, (kind, _, told) in table.items():

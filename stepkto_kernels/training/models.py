@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from stepkto_kernels import checks
 from stepkto_kernels.training.arguments import StepKTOArguments
+
+if TYPE_CHECKING:
+    from stepkto_kernels.training.iterate_config import SamplingConfig
+    from stepkto_kernels.training.sampler import Sampler
 
 
 def load_model(model: Any, args: StepKTOArguments) -> nn.Module:
@@ -38,3 +46,57 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def load_for_sampling(model: str, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model by its name or folder, in eval mode.
+
+    Args:
+        device: auto takes a GPU where there is one.
+        dtype: name of a torch dtype; auto takes the one it was saved in.
+    Raises:
+        ValueError: no such dtype.
+        OSError: no such model.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    is_dtype = wanted == "auto" or isinstance(wanted, torch.dtype)
+    checks.require(is_dtype, "dtype", "auto or a torch dtype", repr(dtype))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
+    return loaded.to(device).eval()
+
+
+@contextmanager
+def sampling_model(settings: SamplingConfig, model: str) -> Iterator[Sampler]:
+    """A sampler of a model by the backend that is asked for; its memory is given back at the end.
+
+    Raises:
+        ValueError: an argument does not fit.
+        OSError: no such model.
+        ImportError: vLLM is asked for and not installed.
+    """
+    from stepkto_kernels.training.sampler import TransformersSampler, VLLMSampler
+
+    sampler: Any
+    length = settings.max_new_tokens
+    if settings.backend == "vllm":
+        options: dict[str, Any] = {"dtype": settings.dtype} | settings.backend_options
+        sampler, held = VLLMSampler(model, max_new_tokens=length, **options), "llm"
+    else:
+        sampler, held = (
+            TransformersSampler(
+                load_for_sampling(model, settings.device, settings.dtype),
+                AutoTokenizer.from_pretrained(model),
+                max_new_tokens=length,
+                batch_size=settings.batch_size,
+            ),
+            "model",
+        )
+    try:
+        yield sampler
+    finally:
+        delattr(sampler, held)  # the caller may still hold the sampler
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

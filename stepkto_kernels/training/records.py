@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -141,7 +141,7 @@ def read_rows(path: FilePath) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class RowWriter:
-    """Appends rows to a JSON-lines file, each on disk when `write` returns.
+    """Appends rows to a JSON-lines file, on disk when `write` or `write_all` returns.
 
     A process that is killed while writing leaves at most a part of its last line; that is cut off
     when the file is opened again, and `rows` are those that were complete.
@@ -167,11 +167,19 @@ class RowWriter:
                 file.truncate(end)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Raises OSError where the disk is full; the file then ends in its last complete line."""
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        """As write_all with one row."""
+        self.write_all([row])
+
+    def write_all(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows, with one wait for the disk: it may take milliseconds.
+
+        Raises:
+            OSError: the disk is full; the file is then as it was before.
+        """
+        lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
         before = self._file.tell()
         try:
-            self._file.write(line)
+            self._file.writelines(lines)
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError:

@@ -62,6 +62,13 @@ def _pattern(template: str, names: str) -> re.Pattern[str]:
     return re.compile(pattern.replace(r"\{name\}", f"(?P<name>{names})"))
 
 
+def _problem_of(solution: Solution) -> arithmetic.Problem:
+    try:
+        return read_problem(solution.problem.problem)
+    except ValueError as error:
+        raise ValueError(f"problem {solution.problem.id!r}: {error}") from None
+
+
 class ArithmeticSteps:
     """Exact verdicts: those of `arithmetic.check_steps`, brought to the steps as they were cut.
 
@@ -75,11 +82,13 @@ class ArithmeticSteps:
     def __call__(self, solutions: Sequence[Solution]) -> list[list[Label]]:
         return [self._judge(solution) for solution in solutions]
 
+    def missing_steps(self, solution: Solution) -> int:
+        """Operations of the problem for which no line was written, >= 0."""
+        lines = arithmetic.split_lines(solution.text)[0]
+        return max(0, len(_problem_of(solution).operations) - len(lines))
+
     def _judge(self, solution: Solution) -> list[Label]:
-        try:
-            problem = read_problem(solution.problem.problem)
-        except ValueError as error:
-            raise ValueError(f"problem {solution.problem.id!r}: {error}") from None
+        problem = _problem_of(solution)
         lines = arithmetic.split_lines(solution.text)[0]
         verdicts = arithmetic.check_steps(problem, solution.text)
         spans, at = [], 0

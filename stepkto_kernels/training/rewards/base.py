@@ -45,7 +45,10 @@ class OutcomeReward(Protocol):
 
 
 class ProcessReward(Protocol):
-    """Judges every step of every solution: a list of verdicts for each, one a step."""
+    """Judges every step of every solution: a list of verdicts for each, one a step.
+
+    One that knows how many steps there should be has a method `missing_steps(solution) -> int`.
+    """
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[Label]]: ...
 
