@@ -15,7 +15,7 @@ from stepkto_kernels.bench import environment, plans, runner, scale, tune
 from stepkto_kernels.bench.problems import DTYPES, Shape
 from stepkto_kernels.kernels import tiles
 from stepkto_kernels.plan import MIB
-from stepkto_kernels.training import command, label_command
+from stepkto_kernels.training import command, inspect_command, label_command
 from stepkto_kernels.training.report import markdown_table
 
 PROGRAM = "stepkto"
@@ -139,6 +139,9 @@ COMMANDS = {
     ),
     "train": Command(command.DESCRIPTION, command.add_arguments, command.run),
     "label": Command(label_command.DESCRIPTION, label_command.add_arguments, label_command.run),
+    "inspect": Command(
+        inspect_command.DESCRIPTION, inspect_command.add_arguments, inspect_command.run
+    ),
 }
 
 
