@@ -9,7 +9,7 @@ from html import escape
 
 COLOURS = 8  # classes s0 ... s7, then again from s0
 WIDTH, HEIGHT = 340, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 34
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def line_chart(
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(told)}">'
         + "".join(parts)
-        + f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">'
+        + f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">'
         f"{escape(x_name)}</text></svg></figure>"
     )
 

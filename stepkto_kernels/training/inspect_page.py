@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -29,8 +30,10 @@ from stepkto_kernels.training.inspect_run import (
     shown_and_left_out,
 )
 
-UNTOLD = ("epoch", "step", "total_flos")  # of the trainer's log: no curve
+# Of the trainer's log: no curve.
+UNTOLD = re.compile(r"epoch|step|total_flos|.*_(runtime|per_second)")
 MOST_POINTS = 400  # of a training curve
+MOST_OPEN = 12  # charts of the training log, beyond which they are folded away
 
 
 def render_page(runs: Sequence[Run]) -> str:
@@ -123,6 +126,14 @@ def swatch(index: int, run: Run) -> str:
     return f'<span class="swatch s{index % COLOURS}"></span>{escape(run.name)}'
 
 
+def legend(runs: Sequence[Run]) -> str:
+    """Whose colour is which, where there is more than one."""
+    if len(runs) == 1:
+        return ""
+    names = "".join(f"<span>{swatch(i, run)}</span>" for i, run in enumerate(runs))
+    return f'<p class="legend">{names}</p>'
+
+
 def metric_names(runs: Sequence[Run]) -> list[str]:
     """In the order of the files, each once."""
     return list(dict.fromkeys(m for run in runs for each in run.rounds for m in each.metrics))
@@ -162,7 +173,7 @@ def curves(runs: Sequence[Run]) -> str:
         )
     if not charts:
         return "<p>No round was evaluated yet.</p>"
-    return f'<div class="charts">{"".join(charts)}</div>'
+    return f'{legend(runs)}<div class="charts">{"".join(charts)}</div>'
 
 
 def metric_table(runs: Sequence[Run]) -> str:
@@ -176,7 +187,9 @@ def metric_table(runs: Sequence[Run]) -> str:
         for each in run.rounds
         if each.metrics
     ]
-    return table(["run", "round", *map(escape, names)], rows, texts=2)
+    # a long name may be broken at its underscores
+    header = [escape(name).replace("_", "_<wbr>") for name in names]
+    return table(["run", "round", *header], rows, texts=2)
 
 
 def cell(metric: Metric | None) -> str:
@@ -197,7 +210,7 @@ def training_curves(runs: Sequence[Run]) -> str:
             for each in run.rounds
             for record in each.log
             for name, value in record.items()
-            if name not in UNTOLD and not name.startswith("train_") and is_finite(value)
+            if not UNTOLD.fullmatch(name) and is_finite(value)
         }
     )
     charts = []
@@ -219,7 +232,12 @@ def training_curves(runs: Sequence[Run]) -> str:
         )
     if not charts:
         return "<p>No round has a log of its training.</p>"
-    return f'<div class="charts">{"".join(charts)}</div>'
+    is_open = " open" if len(charts) <= MOST_OPEN else ""
+    return (
+        f"<details{is_open}><summary>{len(charts)} curves of the trainer's log, the rounds one "
+        f"behind the other</summary>{legend(runs)}"
+        f'<div class="charts">{"".join(charts)}</div></details>'
+    )
 
 
 def round_ends(run: Run) -> list[float]:
