@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from stepkto_kernels.training.inspect_text import as_html
 
 COLOURS = 8  # classes s0 ... s7, then again from s0
 WIDTH, HEIGHT = 340, 210
@@ -62,7 +63,7 @@ def line_chart(
     parts = [
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place_y(y):.1f}" '
         f'y2="{place_y(y):.1f}"/><text x="{LEFT - 6}" y="{place_y(y) + 3.5:.1f}" '
-        f'text-anchor="end">{escape(format_y(y))}</text>'
+        f'text-anchor="end">{as_html(format_y(y))}</text>'
         for y in ticks
     ]
     parts += [
@@ -82,11 +83,11 @@ def line_chart(
         if line.points
     )
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(told)}">'
+        f'<figure class="chart"><figcaption>{as_html(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{as_html(told)}">'
         + "".join(parts)
         + f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">'
-        f"{escape(x_name)}</text></svg></figure>"
+        f"{as_html(x_name)}</text></svg></figure>"
     )
 
 
@@ -154,6 +155,6 @@ def _curve(
             told += f" [{format_y(point.low)}, {format_y(point.high)}]"
         drawn += (
             f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
-            f"<title>{escape(told)}</title></circle>"
+            f"<title>{as_html(told)}</title></circle>"
         )
     return drawn

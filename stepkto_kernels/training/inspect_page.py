@@ -13,7 +13,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from importlib import resources
 from string import Template
 from typing import Any
@@ -29,6 +28,7 @@ from stepkto_kernels.training.inspect_run import (
     is_finite,
     shown_and_left_out,
 )
+from stepkto_kernels.training.inspect_text import as_html
 
 # Of the trainer's log: no curve.
 UNTOLD = re.compile(r"epoch|step|total_flos|.*_(runtime|per_second)")
@@ -42,8 +42,8 @@ def render_page(runs: Sequence[Run]) -> str:
     style, script = part("css"), part("js")
     shown, left_out = shown_and_left_out(runs)
     page = Template(part("html")).substitute(
-        title=escape("Step-KTO: " + ", ".join(run.name for run in runs)),
-        policy=escape(policy(style, script)),
+        title=as_html("Step-KTO: " + ", ".join(run.name for run in runs)),
+        policy=as_html(policy(style, script)),
         style=style,
         script=script,
         runs=run_table(runs),
@@ -108,14 +108,14 @@ def run_table(runs: Sequence[Run]) -> str:
         if run.settings:
             settings = (
                 "<details><summary>config.yaml</summary>"
-                f"<pre>{escape(run.settings)}</pre></details>"
+                f"<pre>{as_html(run.settings)}</pre></details>"
             )
         rows.append(
             [
                 swatch(i, run),
-                escape(run.method) or "-",
+                as_html(run.method) or "-",
                 ", ".join(str(each.number) for each in run.rounds),
-                "<br>".join(map(escape, notes)) or "-",
+                "<br>".join(map(as_html, notes)) or "-",
                 settings or "-",
             ]
         )
@@ -123,7 +123,8 @@ def run_table(runs: Sequence[Run]) -> str:
 
 
 def swatch(index: int, run: Run) -> str:
-    return f'<span class="swatch s{index % COLOURS}"></span>{escape(run.name)}'
+    colour = f'<span class="swatch s{index % COLOURS}"></span>'
+    return f'<span class="run">{colour}{as_html(run.name)}</span>'
 
 
 def legend(runs: Sequence[Run]) -> str:
@@ -177,19 +178,19 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def metric_table(runs: Sequence[Run]) -> str:
-    """A row a run and round, a column a metric."""
+    """A row a round and run, a column a metric."""
     names = metric_names(runs)
     if not names:
         return ""
+    # rounds of the same number below each other, for methods to be compared
+    measured = [(r.number, i, r) for i, run in enumerate(runs) for r in run.rounds if r.metrics]
     rows = [
-        [swatch(i, run), str(each.number), *(cell(each.metrics.get(name)) for name in names)]
-        for i, run in enumerate(runs)
-        for each in run.rounds
-        if each.metrics
+        [str(t), swatch(i, runs[i]), *(cell(each.metrics.get(name)) for name in names)]
+        for t, i, each in sorted(measured, key=lambda found: found[:2])
     ]
     # a long name may be broken at its underscores
-    header = [escape(name).replace("_", "_<wbr>") for name in names]
-    return table(["run", "round", *header], rows, texts=2)
+    header = [as_html(name).replace("_", "_<wbr>") for name in names]
+    return table(["round", "run", *header], rows, texts=2)
 
 
 def cell(metric: Metric | None) -> str:
@@ -234,8 +235,8 @@ def training_curves(runs: Sequence[Run]) -> str:
         return "<p>No round has a log of its training.</p>"
     is_open = " open" if len(charts) <= MOST_OPEN else ""
     return (
-        f"<details{is_open}><summary>{len(charts)} curves of the trainer's log, the rounds one "
-        f"behind the other</summary>{legend(runs)}"
+        f"<details{is_open}><summary>The trainer's log ({len(charts)}), the rounds one behind "
+        f"the other</summary>{legend(runs)}"
         f'<div class="charts">{"".join(charts)}</div></details>'
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from stepkto_kernels import checks
 from stepkto_kernels.training.data import StepKTOExample, parse_row
+from stepkto_kernels.training.inspect_text import without_surrogates
 from stepkto_kernels.training.records import read_rows
 
 # Name of a set of solutions -> its file in the folder of a round.
@@ -27,7 +28,6 @@ SETS = {
 }
 _ROUND = re.compile(r"round_(\d{1,9})")
 _METHOD = re.compile(r"^method:[ \t]*([^\s#]+)", re.MULTILINE)
-_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 Key = tuple[str, int]
 
@@ -252,7 +252,7 @@ def _read_solutions(file: SolutionFile, share: int, notes: list[str]) -> None:
             rows = read_rows(folder / "selected.jsonl")
             chosen = {key for where, row in rows if (key := _key(row, where))}
     for where, row in islice(read_rows(file.path), share):
-        row = _without_surrogates(row)
+        row = _clean(row)
         key = _key(row, where)
         problem_id, sample = key if key else (None, None)
         example = parse_row(row, where)
@@ -295,22 +295,18 @@ def _key(row: Mapping[str, Any], where: str) -> Key | None:
     checks.require(is_text, f"{where}: problem_id", "a string", repr(problem_id))
     is_number = isinstance(sample, int) and not isinstance(sample, bool)
     checks.require(is_number, f"{where}: sample", "an integer", repr(sample))
-    return _escaped(problem_id), sample  # type: ignore[arg-type,return-value]
+    return without_surrogates(problem_id), sample  # type: ignore[arg-type,return-value]
 
 
-def _without_surrogates(value: Any) -> Any:
-    """With halves of surrogate pairs spelled out: a report shows also what no tokenizer takes."""
+def _clean(value: Any) -> Any:
+    """JSON with its strings as `without_surrogates` leaves them."""
     if isinstance(value, str):
-        return _escaped(value)
+        return without_surrogates(value)
     if isinstance(value, list):
-        return [_without_surrogates(each) for each in value]
+        return [_clean(each) for each in value]
     if isinstance(value, dict):
-        return {key: _without_surrogates(each) for key, each in value.items()}
+        return {key: _clean(each) for key, each in value.items()}
     return value
-
-
-def _escaped(text: str) -> str:
-    return _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def shown_and_left_out(runs: Sequence[Run]) -> tuple[int, int]:
