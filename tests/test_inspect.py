@@ -252,6 +252,8 @@ BAD = [
     ("round_1/labelled.jsonl", b"\xff\n", "labelled.jsonl, line 1: want a JSON object"),
     ("round_1/selected.jsonl", b'{"problem_id": 1}\n', "line 1: problem_id: want a string"),
     ("round_1/log_ratios.jsonl", b"{}\n", "line 1: want problem_id and sample"),
+    ("round_1/labelled.jsonl", b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}\n", "line 1: want"),
+    ("round_1/labelled.jsonl", b'{"a":' + b"[" * 900 + b"]" * 900 + b"}\n", "line 1: "),
     (
         "round_1/log_ratios.jsonl",
         b'{"problem_id": "p0", "sample": 0, "steps": [1]}\n',
@@ -270,7 +272,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("part", "content", "message"), BAD)
+@pytest.mark.parametrize(("part", "content", "message"), BAD, ids=lambda x: str(x)[:40])
 def test_a_malformed_file_is_named(run, part, content, message, capsys):
     (run / part).write_bytes(content)
     assert main(["inspect", str(run)]) == 2
@@ -304,6 +306,31 @@ def test_a_chart_stays_in_its_frame_and_takes_equal_values():
         assert min(values) >= 0 and max(values) <= 340
         Page(svg)
     assert 'class="line s1"' in line_chart("a", [flat], x_name="x", format_y=str)
+
+
+def test_axes_have_round_numbers():
+    points = [Point(x, 0.013 * x) for x in (5, 1200, 2985)]
+    page = Page(line_chart("a", [Line("a", 0, points)], x_name="step", format_y=lambda y: f"{y:g}"))
+    assert page.text("text") == ["0", "20", "40", *"500 1000 1500 2000 2500".split(), "step"]
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, 10**400, 1e308], ids=lambda v: str(v)[:4]
+)
+def test_numbers_that_no_chart_can_hold(run, value):
+    metrics = {"metrics": {"pass@1": {"value": value, "low": -1, "high": value}}}
+    write(run / "round_1" / "metrics.json", metrics)
+    log = [{"step": 1, "loss": value}, {"step": 2, "loss": 0.5}, {"step": value, "loss": 9}]
+    write(run / "round_1" / "model" / "trainer_state.json", {"log_history": log})
+    ratios = {"problem_id": "p0", "sample": 0, "steps": [value, 0.5, value]}
+    write(run / "round_1" / "log_ratios.jsonl", ratios)
+    page = inspect(run)
+    told = "nan" if value != value else "inf" if value > 0 else "-inf"
+    first = next(row for row in page.data["solutions"] if row["set"] == "training")
+    assert first["ratios"] == [told, 0.5, told]
+    drawn = [a["points"] for tag, a in page.elements if tag == "polyline"]
+    assert len(drawn[0].split()) == 2  # of three rounds
+    assert not re.search("nan|inf", " ".join(drawn))
 
 
 def test_the_files_of_the_page_are_package_data():

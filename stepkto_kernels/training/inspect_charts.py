@@ -105,18 +105,24 @@ def _ticks(low: float, high: float, limits: tuple[float, float] | None) -> list[
         low, high = low - margin, high + margin
     if limits:
         low, high = max(low, limits[0]), min(high, limits[1])
-    rough = (high - low) / 3
-    power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
-    size = next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough), 10 * power)
+    size = _round_size((high - low) / 3)
     first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
     return [size * k for k in range(first, max(last, first + 1) + 1)]
 
 
 def _integers(low: float, high: float) -> list[float]:
-    """Up to seven integers between two values."""
-    first, last = math.ceil(low), math.floor(high)
-    size = max(1, math.ceil((last - first) / 6))
-    return [float(x) for x in range(first, last + 1, size)]
+    """Up to seven round integers between two values."""
+    size = max(1, round(_round_size((high - low) / 6)))
+    first, last = math.ceil(low / size), math.floor(high / size)
+    return [float(size * k) for k in range(first, last + 1)]
+
+
+def _round_size(rough: float) -> float:
+    """The next of 1, 2, 2.5, 5 and 10 times a power of ten; 1 for 0."""
+    if rough < 1e-300:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next((m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough), 10 * power)
 
 
 def _band(line: Line, place_x: Callable[..., float], place_y: Callable[..., float]) -> str:

@@ -31,7 +31,7 @@ from stepkto_kernels.training.inspect_run import (
 from stepkto_kernels.training.inspect_text import as_html
 
 # Of the trainer's log: no curve.
-UNTOLD = re.compile(r"epoch|step|total_flos|.*_(runtime|per_second)")
+UNTOLD = re.compile(r"epoch|step|total_flos|(train|eval)_(runtime|.*_per_second)")
 MOST_POINTS = 400  # of a training curve
 MOST_OPEN = 12  # charts of the training log, beyond which they are folded away
 
@@ -75,8 +75,15 @@ def told(shown: int, left_out: int) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int) -> str:
-    """Cells are HTML already; the first `texts` columns are left-aligned, and head their row."""
+def table(name: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int) -> str:
+    """A table that scrolls by itself where it is too wide.
+
+    Args:
+        name: for screen readers.
+        header: HTML of the header's cells.
+        rows: HTML of each row's cells.
+        texts: how many columns, from the first, are left-aligned and head their row.
+    """
     head = "".join(
         f'<th scope="col"{"" if i < texts else number_class}>{cell}</th>'
         for i, cell in enumerate(header)
@@ -91,8 +98,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int) -
         for row in rows
     )
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -119,7 +126,7 @@ def run_table(runs: Sequence[Run]) -> str:
                 settings or "-",
             ]
         )
-    return table(["run", "method", "rounds", "not there", "settings"], rows, texts=5)
+    return table("Runs", ["run", "method", "rounds", "not there", "settings"], rows, texts=5)
 
 
 def swatch(index: int, run: Run) -> str:
@@ -159,9 +166,10 @@ def curves(runs: Sequence[Run]) -> str:
             ]
             points = [Point(t, m.value, m.low, m.high) for t, m in found if m.value is not None]
             lines.append(Line(run.name, i, points))
-        values = [point.y for line in lines for point in line.points]
-        if not values:
+        points = [point for line in lines for point in line.points]
+        if not points:
             continue
+        values = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
         is_share = 0 <= min(values) and max(values) <= 1
         charts.append(
             line_chart(
@@ -190,7 +198,7 @@ def metric_table(runs: Sequence[Run]) -> str:
     ]
     # a long name may be broken at its underscores
     header = [as_html(name).replace("_", "_<wbr>") for name in names]
-    return table(["round", "run", *header], rows, texts=2)
+    return table("Metrics by round", ["round", "run", *header], rows, texts=2)
 
 
 def cell(metric: Metric | None) -> str:
@@ -214,6 +222,7 @@ def training_curves(runs: Sequence[Run]) -> str:
             if not UNTOLD.fullmatch(name) and is_finite(value)
         }
     )
+    names.sort(key=lambda name: name != "loss")
     charts = []
     ends = [round_ends(run) for run in runs]
     for name in names:
@@ -261,7 +270,7 @@ def solution_table(runs: Sequence[Run]) -> str:
     header = ["run", "round", "set", "in this page", "in the file", "right answer"]
     header += ["wrong step among right answers", "right steps"]
     header += ["log-ratio, right steps", "log-ratio, wrong steps"]
-    return table(header, rows, texts=3)
+    return table("Counts by file", header, rows, texts=3)
 
 
 def count(solutions: Sequence[Solution]) -> list[str]:

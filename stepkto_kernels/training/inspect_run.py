@@ -26,8 +26,9 @@ SETS = {
     "greedy": "evaluation/greedy.jsonl",
     "sampled": "evaluation/sampled.jsonl",
 }
-_ROUND = re.compile(r"round_(\d{1,9})")
+_ROUND = re.compile(r"round_(0|[1-9][0-9]{0,8})")
 _METHOD = re.compile(r"^method:[ \t]*([^\s#]+)", re.MULTILINE)
+LARGEST = 1e100  # from here on a number counts as infinite: charts take differences and ratios
 
 Key = tuple[str, int]
 
@@ -229,8 +230,9 @@ def _number(value: object, where: str) -> float | None:
 
 
 def is_finite(value: object) -> bool:
+    """Whether it is a number, and one with which a chart can calculate."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)  # type: ignore[arg-type]
+    return is_number and abs(value) < LARGEST  # type: ignore[arg-type]
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
@@ -252,7 +254,10 @@ def _read_solutions(file: SolutionFile, share: int, notes: list[str]) -> None:
             rows = read_rows(folder / "selected.jsonl")
             chosen = {key for where, row in rows if (key := _key(row, where))}
     for where, row in islice(read_rows(file.path), share):
-        row = _clean(row)
+        try:
+            row = _clean(row)
+        except RecursionError:
+            raise ValueError(f"{where}: want fewer levels, got hundreds") from None
         key = _key(row, where)
         problem_id, sample = key if key else (None, None)
         example = parse_row(row, where)
@@ -282,8 +287,15 @@ def _read_ratios(path: Path) -> dict[Key, tuple[float, ...]]:
         checks.require(
             key not in found, f"{where}: problem_id and sample", "a pair of its own", key
         )
-        found[key] = tuple(map(float, steps))
+        found[key] = tuple(map(_ratio, steps))
     return found
+
+
+def _ratio(value: float) -> float:
+    """Too large is infinite: float() would refuse an integer of 400 digits."""
+    if is_finite(value) or value != value:
+        return float(value)
+    return math.inf if value > 0 else -math.inf
 
 
 def _key(row: Mapping[str, Any], where: str) -> Key | None:
