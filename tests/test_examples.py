@@ -1,8 +1,10 @@
 """Every script of examples/ runs on a tiny model, and the custom loop's two versions agree."""
 
 import difflib
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,4 +68,22 @@ def test_packing(run, tmp_path):
 def test_fsdp2_alone(run, tmp_path):
     """The script as one process: accelerate has no FSDP on a CPU."""
     assert len(losses(run("fsdp2.py"))) == 2
+    assert (tmp_path / "out/trained/model.safetensors").exists()
+
+
+def test_fsdp2_on_two_processes(tmp_path):
+    """With data parallelism, as accelerate has no FSDP on a CPU."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(EXAMPLES / "fsdp2.py"), "--output", str(tmp_path / "out"), "--steps", "2"]
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    path = os.pathsep.join(filter(None, (str(EXAMPLES.parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, *launch, *script],
+        env=os.environ | settings | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(losses(done.stdout)) == 2
     assert (tmp_path / "out/trained/model.safetensors").exists()

@@ -372,7 +372,7 @@ def encode_example(
             leaves no room within max_length; an argument has another type.
     """
     _check_encode_arguments(example, tokenizer, max_length, step_separator, add_eos)
-    prompt = _prompt_text(example.prompt, tokenizer)
+    prompt = prompt_text(example.prompt, tokenizer)
     text = prompt + step_separator.join(example.completions)
     encoding = tokenizer(
         text,
@@ -445,7 +445,12 @@ def _check_lengths(completion_start: int, length: int, max_length: int | None) -
         )
 
 
-def _prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt as text: messages go through the chat template, with the generation prompt.
+
+    Raises:
+        ValueError: there is no template for messages, or it refuses them.
+    """
     if isinstance(prompt, str):
         return prompt
     if not tokenizer.chat_template:

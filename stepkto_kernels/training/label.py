@@ -144,8 +144,10 @@ def already_labelled(writer: RowWriter, samples: Sequence[Sample]) -> set[tuple[
     for number, row in enumerate(writer.rows, start=1):
         where = f"{writer.path}, row {number}"
         example = parse_row(row, where)
-        key = (row.get("problem_id"), row.get("sample"))
-        checks.require(key in by_key, where, "a row of one of the samples", key)
+        name, sample_number = row.get("problem_id"), row.get("sample")
+        is_key = isinstance(name, str) and isinstance(sample_number, int)
+        key = (str(name), sample_number if isinstance(sample_number, int) else -1)
+        checks.require(is_key and key in by_key, where, "a row of one of the samples", key)
         sample = by_key[key]
         same = "".join(example.completions) == sample.completion and example.prompt == sample.prompt
         checks.require(same, where, "the text of its sample", f"another for {key}")

@@ -1,4 +1,4 @@
-"""A small client of chat endpoints that speak OpenAI's protocol, with the standard library only.
+"""A small client of endpoints that speak OpenAI's protocol, with the standard library only.
 
 async with ChatClient("http://localhost:8000/v1", "some-model", api_key_env=None) as client:
     text = await client.complete([{"role": "user", "content": "2 + 2?"}], temperature=0)
@@ -16,15 +16,16 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from stepkto_kernels import checks
 
 Message = dict[str, str]
+Parsed = TypeVar("Parsed")
 MAX_REPLY = 16 * 2**20  # bytes
 # A wrong key, model or address: no request will fare better. Not 403, with which gateways turn down
 # single texts too.
@@ -45,6 +46,14 @@ class ChatError(OSError):
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One completion of a reply; `finish` is the endpoint's word, None where it says none."""
+
+    text: str
+    finish: str | None
+
+
+@dataclass(frozen=True)
 class _Failure(Exception):
     """One attempt that failed."""
 
@@ -55,14 +64,14 @@ class _Failure(Exception):
 
 
 class ChatClient:
-    """Asks a chat endpoint, at most `concurrency` requests at the same time.
+    """Asks an endpoint, at most `concurrency` requests at the same time.
 
     Tried again, after an exponentially growing random time or what Retry-After says: status 408,
     429 and 5xx, failed connections, timeouts and replies cut short. The key is sent to `base_url`
     only; redirects are not followed.
 
     Args:
-        base_url: up to where "/chat/completions" follows, http or https.
+        base_url: up to where "/chat/completions" or "/completions" follows, http or https.
         model: its name there.
         api_key_env: environment variable with the key; None where none is needed.
         timeout: seconds for one attempt as a whole, > 0.
@@ -99,7 +108,7 @@ class ChatClient:
         checks.number("longest_wait", longest_wait, low=0)
         if per_minute is not None:
             checks.number("per_minute", per_minute, low=0, low_open=True)
-        self.url, self.model = base_url.rstrip("/") + "/chat/completions", model
+        self.base, self.model = base_url.rstrip("/"), model
         self.timeout, self.concurrency, self.retries = timeout, concurrency, retries
         self.backoff, self.longest_wait, self.per_minute = backoff, longest_wait, per_minute
         self._headers = {"Content-Type": "application/json"}
@@ -135,7 +144,27 @@ class ChatClient:
         Raises:
             ChatError: refused, or failed at every attempt.
         """
-        data = json.dumps({**body, "model": self.model, "messages": list(messages)}).encode()
+        return await self._ask("/chat/completions", {**body, "messages": list(messages)}, _content)
+
+    async def choices(self, prompt: str | Sequence[Message], **body: Any) -> list[Choice]:
+        """All completions of a reply: of messages by the chat endpoint, of text by the plain one.
+
+        A choice without text that was cut off, as when a model is still thinking, is "".
+
+        Args:
+            prompt: messages, or text that no chat template is put around.
+            body: further fields of the request, such as n.
+        Raises:
+            ChatError: refused, or failed at every attempt.
+        """
+        if isinstance(prompt, str):
+            return await self._ask("/completions", {**body, "prompt": prompt}, _choices)
+        return await self._ask("/chat/completions", {**body, "messages": list(prompt)}, _choices)
+
+    async def _ask(
+        self, path: str, body: dict[str, Any], parse: Callable[[bytes], Parsed]
+    ) -> Parsed:
+        data = json.dumps({**body, "model": self.model}).encode()
         for attempt in range(self.retries + 1):
             try:
                 async with self._slots:
@@ -144,12 +173,12 @@ class ChatClient:
                         raise self._refusal
                     self.counts["attempts"] += 1
                     loop = asyncio.get_running_loop()
-                    return await loop.run_in_executor(self._threads, self._post, data)
+                    return await loop.run_in_executor(self._threads, self._post, path, data, parse)
             except _Failure as failure:
                 wait = self._wait(attempt, failure)
                 if wait is None:
                     self.counts["failed"] += 1
-                    text = f"{self.url}: {failure.reason}, after {attempt + 1} attempts"
+                    text = f"{self.base}{path}: {failure.reason}, after {attempt + 1} attempts"
                     error = ChatError(text, failure.status)
                     self._refusal = error if error.refused else self._refusal
                     raise error from None
@@ -174,10 +203,10 @@ class ChatClient:
         self._next_start = start + 60.0 / self.per_minute
         await asyncio.sleep(start - time.monotonic())
 
-    def _post(self, data: bytes) -> str:
+    def _post(self, path: str, data: bytes, parse: Callable[[bytes], Parsed]) -> Parsed:
         """One attempt, in a thread. Raises _Failure."""
         deadline = time.monotonic() + self.timeout
-        request = urllib.request.Request(self.url, data, self._headers, method="POST")
+        request = urllib.request.Request(self.base + path, data, self._headers, method="POST")
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
                 reply = _read(response, deadline)
@@ -188,7 +217,7 @@ class ChatClient:
                 raise _Failure(f"HTTP status {error.code}", error.code, again, wait) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts too
             raise _Failure(f"{type(error).__name__}: {error}") from None
-        return _content(reply)
+        return parse(reply)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -221,6 +250,27 @@ def _content(reply: bytes) -> str:
     if not isinstance(text, str):
         raise _Failure("no chat completion in the reply")
     return text
+
+
+def _choices(reply: bytes) -> list[Choice]:
+    try:
+        found = [_choice(each) for each in json.loads(reply)["choices"]]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        found = []
+    if not found:
+        raise _Failure("no completion in the reply")
+    return found
+
+
+def _choice(each: Any) -> Choice:
+    text, finish = each["message"]["content"] if "message" in each else each["text"], None
+    if isinstance(each.get("finish_reason"), str):
+        finish = each["finish_reason"]
+    if text is None and finish == "length":
+        text = ""
+    if not isinstance(text, str):
+        raise TypeError("want a text")
+    return Choice(text, finish)
 
 
 def _retry_after(header: str | None) -> float | None:

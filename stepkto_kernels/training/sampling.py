@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +14,19 @@ from stepkto_kernels import checks
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt.
+
+    Args:
+        text: without special tokens.
+        finish: "stop" where it ended by itself, "length" where it was cut off.
+    """
+
+    text: str
+    finish: str
 
 
 def generate(
@@ -48,6 +62,38 @@ def generate(
         ValueError: an argument outside of the above.
     """
     checks.require(not isinstance(prompts, str), "prompts", "a sequence of strings", "one string")
+    prompt_ids = tokenizer(list(prompts))["input_ids"] if prompts else []
+    for i, ids in enumerate(prompt_ids):
+        checks.require(len(ids) > 0, f"prompts[{i}]", "at least one token", repr(prompts[i]))
+    found = generate_from_ids(
+        model,
+        tokenizer,
+        prompt_ids,
+        num_samples=num_samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    return [[completion.text for completion in each] for each in found]
+
+
+def generate_from_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[list[int]],
+    *,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> list[list[Completion]]:
+    """As `generate`, of prompts that are token ids, each at least one; tells how each ended.
+
+    Raises:
+        ValueError: an argument outside of those of `generate`.
+    """
     for name, value in (
         ("num_samples", num_samples),
         ("max_new_tokens", max_new_tokens),
@@ -56,25 +102,24 @@ def generate(
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         checks.require(is_count, name, "an int >= 1", value)
     checks.number("temperature", temperature, low=0)
-    if not prompts:
-        return []
-    prompt_ids = tokenizer(list(prompts))["input_ids"]
     for i, ids in enumerate(prompt_ids):
-        checks.require(len(ids) > 0, f"prompts[{i}]", "at least one token", repr(prompts[i]))
+        checks.require(len(ids) > 0, f"prompt_ids[{i}]", "at least one token", ids)
+    if not prompt_ids:
+        return []
 
     copies = 1 if temperature == 0 else num_samples
     # Prompts of a like length share a batch, so that little is padding.
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
+    by_length = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     rows = [i for i in by_length for _ in range(copies)]
     options = _generation_options(model, tokenizer, temperature, max_new_tokens)
-    completions: list[list[str]] = [[] for _ in prompts]
+    completions: list[list[Completion]] = [[] for _ in prompt_ids]
     with _eval_mode(model), _own_generation_config(model), _own_rng(model.device, seed):
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]
-            texts = _decode_batch(model, tokenizer, [prompt_ids[i] for i in batch], options)
-            for i, text in zip(batch, texts, strict=True):
-                completions[i].append(text)
-    return [texts * (num_samples // copies) for texts in completions]
+            found = _decode_batch(model, tokenizer, [prompt_ids[i] for i in batch], options)
+            for i, completion in zip(batch, found, strict=True):
+                completions[i].append(completion)
+    return [found * (num_samples // copies) for found in completions]
 
 
 def _decode_batch(
@@ -82,7 +127,7 @@ def _decode_batch(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[list[int]],
     options: GenerationConfig,
-) -> list[str]:
+) -> list[Completion]:
     input_ids, attention_mask = _pad_left(prompt_ids, options.pad_token_id)
     with torch.no_grad():
         # PreTrainedModel itself has no `generate`; every causal language model has.
@@ -92,7 +137,11 @@ def _decode_batch(
             generation_config=options,
         )  # (B, T + new)
     new_ids = output[:, input_ids.shape[1] :].tolist()
-    return tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+    eos_id: Any = options.eos_token_id
+    ends = set(eos_id) if isinstance(eos_id, list) else {eos_id}
+    finishes = ["length" if ends.isdisjoint(ids) else "stop" for ids in new_ids]
+    return list(map(Completion, texts, finishes))
 
 
 def _pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

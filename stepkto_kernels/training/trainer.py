@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ from stepkto_kernels.training.reference_logps import sharded_batches
 from stepkto_kernels.training.reference_model import ReferenceModel
 
 STATE_FILE = "step_kto.pt"  # in a checkpoint: the running reference points
+GLOO_REST = 0.2  # seconds, see StepKTOTrainer.train
 Batch = dict[str, Any]
 
 
@@ -208,7 +210,12 @@ class StepKTOTrainer(Trainer):
         """As Trainer.train; the policy as it is now is the reference, if there is no other."""
         self._prepare_reference()
         self._totals = dict.fromkeys(self._totals)
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        if self.args.world_size > 1 and torch.distributed.get_backend() == "gloo":
+            # The last collective was a gather. Gloo's thread needs the interpreter once more, to
+            # drop its tensors, and aborts a process that ends before. Nothing tells when it has.
+            time.sleep(GLOO_REST)
+        return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer.evaluate; another dataset may have any of the formats of __init__.
