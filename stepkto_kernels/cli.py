@@ -18,6 +18,7 @@ from stepkto_kernels.plan import MIB
 from stepkto_kernels.training import (
     command,
     evaluate_command,
+    inspect_command,
     iterate_command,
     label_command,
     sample_command,
@@ -151,6 +152,9 @@ COMMANDS = {
     ),
     "evaluate": Command(
         evaluate_command.DESCRIPTION, evaluate_command.add_arguments, evaluate_command.run
+    ),
+    "inspect": Command(
+        inspect_command.DESCRIPTION, inspect_command.add_arguments, inspect_command.run
     ),
 }
 

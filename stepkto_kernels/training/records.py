@@ -134,7 +134,7 @@ def read_rows(path: FilePath) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{os.fspath(path)}, line {number}"
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: want a JSON object, but {error}") from None
                 checks.require(isinstance(row, dict), where, "a JSON object", type(row).__name__)
                 yield where, row
