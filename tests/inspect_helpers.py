@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ BROWSERS = (
     "chromium-browser",
     "google-chrome",
 )
+PATIENCE = 60  # seconds
 HOSTILE = (
     "</script><script>window.hostile = 1</script><img src=x onerror='window.hostile = 2'>"
     "<!--<script> \u2028\u2029\u202e\x00\x1b[31m & &lt;b&gt; ${alert(1)} $data"
@@ -126,6 +128,7 @@ class Browser:
 
     def _message(self):
         while b"\0" not in self.rest:
+            assert select.select([self.inp], [], [], PATIENCE)[0], f"no word in {PATIENCE} s"
             read = self.inp.read(1 << 20)
             assert read, "the browser has ended"
             self.rest += read
