@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test results bench gpu sanitize-gpu setup clean
+.PHONY: demo test results bench reproduce gpu sanitize-gpu setup clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output out/demo $(ARGS)
@@ -28,6 +28,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py --suite head loss segments accuracy
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python benchmarks/scaling.py
+
+# KTO, Step-KTO and rejection sampling over ten seeds on two tasks, for docs/REPRODUCTION.md; an hour
+# or two. Goes on where it was stopped, from out/reproduction.
+reproduce: $(READY)
+	$(BIN)/python benchmarks/reproduce.py $(ARGS)
 
 # Tests and benchmarks that want a GPU, in under ten minutes; everything lands in STEPKTO_GPU_OUT
 # (default out/gpu). ARGS='--parts tests head' chooses parts. Without a virtual environment:
