@@ -39,6 +39,7 @@ class SamplingConfig:
             math-verify.
         resamples: of the bootstrap.
         seed: of all draws. The same for all methods, so that they see the same samples of M0.
+        num_processes: of sampling with transformers, and of training, data parallel.
         device: such as cuda; auto takes a GPU where there is one.
         dtype: of the model; auto takes the one it was saved in.
         rewards: flags of `stepkto label`, without dashes.
@@ -58,6 +59,7 @@ class SamplingConfig:
     equal: str = "text"
     resamples: int = 2000
     seed: int = 0
+    num_processes: int = 1
     device: str = "auto"
     dtype: str = "auto"
     rewards: Options = field(default_factory=dict)
@@ -66,7 +68,14 @@ class SamplingConfig:
         for name in ("model", "device", "dtype"):
             value = getattr(self, name)
             checks.require(isinstance(value, str) and bool(value), name, "a string", repr(value))
-        for name in ("max_new_tokens", "batch_size", "chunk", "eval_num_samples", "resamples"):
+        for name in (
+            "max_new_tokens",
+            "batch_size",
+            "chunk",
+            "eval_num_samples",
+            "resamples",
+            "num_processes",
+        ):
             checks.integer(name, getattr(self, name), low=1)
         checks.integer("seed", self.seed, low=0)
         checks.number("eval_temperature", self.eval_temperature, low=0, low_open=True)
@@ -95,9 +104,10 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplingConfig):
-    """All settings of `stepkto evaluate`; problems: JSON-lines file."""
+    """All settings of `stepkto evaluate`; problems, layout: as load_problems takes them."""
 
     problems: str
+    layout: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +116,9 @@ class IterateConfig(SamplingConfig):
 
     Args:
         model: M0.
-        problems: JSON-lines file of the problems that are trained on.
-        eval_problems: one of held-out problems.
+        problems: file of the problems that are trained on, or name of a set; see load_problems.
+        eval_problems: those that are held out.
+        layout, eval_layout: of which set a file is; None for records.Problem's fields.
         method: step_kto; kto, from outcomes only; sft, on samples with the right answer.
         rounds: M1 to M_rounds are trained, >= 1. The only setting that may change, and grow.
         problems_per_round: None takes all in each; else each is taken once before any comes again.
@@ -117,8 +128,7 @@ class IterateConfig(SamplingConfig):
             right ones' is this many times that of all wrong ones', and their mean is 1. None: as
             in `training`.
         log_ratios: rows a round of which log-ratios are written; None: all, 0: none.
-        num_processes: of training, data parallel.
-        accelerate_config: file of `accelerate config`, such as for FSDP, to start them with.
+        accelerate_config: file of `accelerate config`, such as for FSDP, to start training with.
         training: options of `stepkto train`, StepKTOArguments' among them.
     Raises:
         ValueError: a setting is out of range or not known.
@@ -126,6 +136,8 @@ class IterateConfig(SamplingConfig):
 
     problems: str
     eval_problems: str
+    layout: str | None = None
+    eval_layout: str | None = None
     method: str = "step_kto"
     rounds: int = 3
     problems_per_round: int | None = None
@@ -133,14 +145,13 @@ class IterateConfig(SamplingConfig):
     temperature: float = 1.0
     balance_outcomes: float | None = None
     log_ratios: int | None = None
-    num_processes: int = 1
     accelerate_config: str | None = None
     training: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.choice("method", self.method, METHODS)
-        for name in ("rounds", "num_samples", "num_processes"):
+        for name in ("rounds", "num_samples"):
             checks.integer(name, getattr(self, name), low=1)
         for name, low in (("problems_per_round", 1), ("log_ratios", 0)):
             if getattr(self, name) is not None:
