@@ -281,7 +281,8 @@ def test_how_training_is_started(tmp_path, monkeypatch, options, launcher):
 
 
 def test_sampling_is_shared_by_processes(inputs, undisturbed, tmp_path, monkeypatch):
-    """Each of them samples its chunks, to the same file as one process. Here one after the other."""
+    """Each of them samples its chunks, here one after the other, to the same file as one does."""
+    wanted = rows(undisturbed() / "round_0" / "evaluation" / "sampled.jsonl")
 
     def run(words):
         for rank in range(2):
@@ -298,7 +299,6 @@ def test_sampling_is_shared_by_processes(inputs, undisturbed, tmp_path, monkeypa
     command = ["evaluate", "--config", str(config), "--output", str(folder), "--num-processes", "2"]
     assert main([*command, "--device", "cpu"]) == 0
     found = rows(folder / "evaluation" / "sampled.jsonl")
-    wanted = rows(undisturbed() / "round_0" / "evaluation" / "sampled.jsonl")
     assert found == wanted
     assert not list(folder.rglob("*.work"))
 
@@ -307,6 +307,24 @@ def test_training_that_fails_is_an_error(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(OSError, match="want exit status 0, got 3"):
         launch.run(["-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize("method", ["step_kto", "sft"])
+def test_selection(inputs, undisturbed, tmp_path, method):
+    more = {"deduplicate": "true", "per_problem": "2", "fill": "true", "method": method}
+    paths = {n: str(inputs / f"{k}.jsonl") for n, k in PROBLEMS.items()}
+    config = from_mapping(IterateConfig, {"model": str(inputs / "m0"), **paths, **more})
+    labelled = rows(undisturbed() / "round_1" / "labelled.jsonl")
+    labelled += [row | {"sample": row["sample"] + 100} for row in labelled]  # all of them twice
+    run = Run(tmp_path / "run", config)
+    (tmp_path / "run" / "round_1").mkdir()
+    write_rows(tmp_path / "run" / "round_1" / "labelled.jsonl", labelled)
+    run.stages(1)["selected.jsonl"](1, tmp_path / "selected.jsonl")
+    found = rows(tmp_path / "selected.jsonl")
+    assert found and all(row["sample"] < 100 for row in found)
+    of_each = [row["problem_id"] for row in found]
+    assert max(of_each.count(each) for each in of_each) == 2
+    assert {row["label"] for row in found} == ({True} if method == "sft" else {True, False})
 
 
 def test_balanced_weights():

@@ -24,6 +24,7 @@ from stepkto_kernels.training.label import Labeller
 from stepkto_kernels.training.models import load_for_sampling
 from stepkto_kernels.training.records import Problem
 from stepkto_kernels.training.run_folder import complete, lock, write_rows
+from stepkto_kernels.training.selection import balance, deduplicate
 
 EVERY = 20.0  # seconds between two lines of progress
 
@@ -124,9 +125,15 @@ class Run:
                 self.say(f"round {t}: {count} {what}")
 
     def _select(self, t: int, part: Path) -> None:
+        c = self.config
         rows = list_rows(self._round(t) / "labelled.jsonl")
-        if self.config.method == "sft":
+        if c.method == "sft":
             rows = [row for row in rows if row["label"] is True]
+        if c.deduplicate:
+            rows = deduplicate(rows)
+        if c.per_problem is not None:
+            fill = c.fill or c.method == "sft"
+            rows = balance(rows, c.per_problem, seed=self._seed(t, "select"), fill=fill)
         checks.require(len(rows) > 0, f"round {t}", "a row to train on", "none that was selected")
         write_rows(part, rows)
 

@@ -124,6 +124,9 @@ class IterateConfig(SamplingConfig):
         problems_per_round: None takes all in each; else each is taken once before any comes again.
         num_samples: of a problem and round, >= 1.
         temperature: of samples, > 0.
+        deduplicate: of a problem's solutions that differ in whitespace only, train on the first.
+        per_problem, fill: train on so many of a problem's solutions, as selection.balance; None: on
+            all. For sft, of the right ones.
         balance_outcomes: the weights of right and wrong answers are set so that the sum of all
             right ones' is this many times that of all wrong ones', and their mean is 1. None: as
             in `training`.
@@ -143,6 +146,9 @@ class IterateConfig(SamplingConfig):
     problems_per_round: int | None = None
     num_samples: int = 8
     temperature: float = 1.0
+    deduplicate: bool = False
+    per_problem: int | None = None
+    fill: bool = False
     balance_outcomes: float | None = None
     log_ratios: int | None = None
     accelerate_config: str | None = None
@@ -157,6 +163,12 @@ class IterateConfig(SamplingConfig):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), low=low)
         checks.number("temperature", self.temperature, low=0, low_open=True)
+        for name in ("deduplicate", "fill"):
+            checks.instance(name, getattr(self, name), bool)
+        if self.per_problem is not None:
+            alone = self.fill or self.method == "sft"
+            checks.integer("per_problem", self.per_problem, low=1 if alone else 2)
+        checks.require(not self.fill or self.per_problem, "fill", "per_problem with it", "none")
         checks.instance("training", self.training, dict)
         taken = sorted(set(OURS) & self.training.keys())
         checks.require(not taken, "training", "options of training only", taken)
@@ -199,6 +211,8 @@ def _read(name: str, value: Any, kind: str) -> Any:
     """A value as its field's type, from text or from YAML, which takes 1e-3 for text."""
     if not isinstance(value, str) or kind.startswith("str"):
         return value
+    if kind == "bool":
+        return {"true": True, "false": False}.get(value.lower(), value)
     try:
         return float(value) if kind.startswith("float") else int(value)
     except ValueError:
