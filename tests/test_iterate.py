@@ -280,10 +280,51 @@ def test_how_training_is_started(tmp_path, monkeypatch, options, launcher):
     assert started == [[*launcher, *launch.TRAIN, "--config", str(config)]]
 
 
+def test_sampling_is_shared_by_processes(inputs, undisturbed, tmp_path, monkeypatch):
+    """Each of them samples its chunks, here one after the other, to the same file as one does."""
+    wanted = rows(undisturbed() / "round_0" / "evaluation" / "sampled.jsonl")
+
+    def run(words):
+        for rank in range(2):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+            for name, value in environment.items():
+                monkeypatch.setenv(name, str(value))
+            assert words[:5] == launch.processes(2) and words[5:7] == launch.TRAIN[:2]
+            assert main(words[7:]) == 0
+            assert rank or not list((folder / "evaluation.part").glob("*/samples.jsonl"))
+
+    monkeypatch.setattr(launch, "run", run)
+    config = evaluation_config(inputs)
+    folder = tmp_path / "e"
+    command = ["evaluate", "--config", str(config), "--output", str(folder), "--num-processes", "2"]
+    assert main([*command, "--device", "cpu"]) == 0
+    found = rows(folder / "evaluation" / "sampled.jsonl")
+    assert found == wanted
+    assert not list(folder.rglob("*.work"))
+
+
 def test_training_that_fails_is_an_error(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(OSError, match="want exit status 0, got 3"):
         launch.run(["-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize("method", ["step_kto", "sft"])
+def test_selection(inputs, undisturbed, tmp_path, method):
+    more = {"deduplicate": "true", "per_problem": "2", "fill": "true", "method": method}
+    paths = {n: str(inputs / f"{k}.jsonl") for n, k in PROBLEMS.items()}
+    config = from_mapping(IterateConfig, {"model": str(inputs / "m0"), **paths, **more})
+    labelled = rows(undisturbed() / "round_1" / "labelled.jsonl")
+    labelled += [row | {"sample": row["sample"] + 100} for row in labelled]  # all of them twice
+    run = Run(tmp_path / "run", config)
+    (tmp_path / "run" / "round_1").mkdir()
+    write_rows(tmp_path / "run" / "round_1" / "labelled.jsonl", labelled)
+    run.stages(1)["selected.jsonl"](1, tmp_path / "selected.jsonl")
+    found = rows(tmp_path / "selected.jsonl")
+    assert found and all(row["sample"] < 100 for row in found)
+    of_each = [row["problem_id"] for row in found]
+    assert max(of_each.count(each) for each in of_each) == 2
+    assert {row["label"] for row in found} == ({True} if method == "sft" else {True, False})
 
 
 def test_balanced_weights():
@@ -364,8 +405,8 @@ def test_a_finished_run_does_nothing_again(inputs, undisturbed, capsys):
     [
         (["--temperature", "0.5"], "temperature: want 1.0"),
         (["--rounds", "1"], "rounds: want at least 2"),
-        (["--learning-rate", "1e-5"], "training: want"),
-        (["--after-error", "wrong"], "rewards: want"),
+        (["--learning-rate", "1e-5"], "training.learning_rate: want"),
+        (["--after-error", "wrong"], "labels.after_error: want 'keep'"),
     ],
 )
 def test_another_config_is_refused(inputs, undisturbed, capsys, more, said):
@@ -385,7 +426,8 @@ def test_evaluate_is_a_round_s_evaluation(inputs, undisturbed, tmp_path, capsys)
     metrics = [json.loads((f / "metrics.json").read_text())["metrics"] for f in (found, wanted)]
     assert metrics[0] == metrics[1]
     assert main([*command, "--process", "none"]) == 2
-    assert "rewards: want" in capsys.readouterr().err
+    assert "labels.process: want 'arithmetic'" in capsys.readouterr().err
+    assert main([*command, "--workers", "3"]) == 0  # decides no label
 
 
 def evaluation_config(inputs):
