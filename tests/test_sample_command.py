@@ -81,6 +81,17 @@ def test_problems_of_a_set_are_written_for_label(command, tmp_path):
     assert {each.problem_id for each in read_samples(tmp_path / "out.jsonl")} == {problem.id}
 
 
+def test_samples_can_be_labelled(command, tmp_path):
+    assert cli.main(command()) == 0
+    files = [tmp_path / name for name in ("out.jsonl", "problems.jsonl", "labelled.jsonl")]
+    flags = zip(("--samples", "--problems", "--output"), map(str, files), strict=True)
+    words = [word for flag in flags for word in flag]
+    assert cli.main(["label", *words, "--outcome", "exact"]) == 0
+    samples = read_samples(files[0])
+    rows = [json.loads(line) for line in files[2].read_text().splitlines()]
+    assert [(row["problem_id"], row["sample"]) for row in rows] == [each.key for each in samples]
+
+
 @pytest.mark.parametrize("killed_after", [1, 3])
 def test_a_killed_run_ends_with_the_same_file(command, tmp_path, killed_after):
     assert cli.main(command("whole.jsonl")) == 0
