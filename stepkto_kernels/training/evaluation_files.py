@@ -141,5 +141,5 @@ def write_metrics(path: Path, about: Mapping[str, Any], found: Mapping[str, Esti
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def list_rows(path: Path) -> list[dict[str, Any]]:
+def list_rows(path: Path) -> list[Any]:
     return [row for _, row in read_rows(path)]

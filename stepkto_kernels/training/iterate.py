@@ -24,7 +24,7 @@ from stepkto_kernels.training.label import Labeller
 from stepkto_kernels.training.models import load_for_sampling
 from stepkto_kernels.training.records import Problem
 from stepkto_kernels.training.run_folder import complete, lock, write_rows
-from stepkto_kernels.training.selection import balance, deduplicate
+from stepkto_kernels.training.selection import Row, balance, deduplicate
 
 EVERY = 20.0  # seconds between two lines of progress
 
@@ -126,7 +126,7 @@ class Run:
 
     def _select(self, t: int, part: Path) -> None:
         c = self.config
-        rows = list_rows(self._round(t) / "labelled.jsonl")
+        rows: list[Row] = list_rows(self._round(t) / "labelled.jsonl")
         if c.method == "sft":
             rows = [row for row in rows if row["label"] is True]
         if c.deduplicate:

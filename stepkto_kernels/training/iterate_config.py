@@ -166,9 +166,10 @@ class IterateConfig(SamplingConfig):
         for name in ("deduplicate", "fill"):
             checks.instance(name, getattr(self, name), bool)
         if self.per_problem is not None:
-            alone = self.fill or self.method == "sft"
-            checks.integer("per_problem", self.per_problem, low=1 if alone else 2)
-        checks.require(not self.fill or self.per_problem, "fill", "per_problem with it", "none")
+            low = 1 if self.fill or self.method == "sft" else 2
+            checks.integer("per_problem", self.per_problem, low=low)
+        alone = self.fill and self.per_problem is None
+        checks.require(not alone, "fill", "per_problem with it", "none")
         checks.instance("training", self.training, dict)
         taken = sorted(set(OURS) & self.training.keys())
         checks.require(not taken, "training", "options of training only", taken)
