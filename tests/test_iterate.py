@@ -16,16 +16,10 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 
 from stepkto_kernels.cli import main  # noqa: E402
-from stepkto_kernels.training import iterate, launch, run_folder, sampler  # noqa: E402
+from stepkto_kernels.training import iterate, launch, run_folder  # noqa: E402
 from stepkto_kernels.training.arguments import StepKTOArguments  # noqa: E402
 from stepkto_kernels.training.completion_trainer import CompletionTrainer  # noqa: E402
-from stepkto_kernels.training.iterate import Run, balanced_weights  # noqa: E402
-from stepkto_kernels.training.iterate_config import (  # noqa: E402
-    EvaluateConfig,
-    IterateConfig,
-    from_mapping,
-)
-from stepkto_kernels.training.models import sampling_model  # noqa: E402
+from stepkto_kernels.training.iterate import balanced_weights  # noqa: E402
 from stepkto_kernels.training.records import Problem, RowWriter  # noqa: E402
 from stepkto_kernels.training.rewards import arithmetic  # noqa: E402
 from stepkto_kernels.training.run_folder import write_rows  # noqa: E402
@@ -252,46 +246,27 @@ def test_killed_anywhere_it_goes_on_to_the_same_files(inputs, undisturbed, tmp_p
     assert compared > 20
 
 
-def test_training_goes_on_from_the_newest_whole_checkpoint(tmp_path):
-    assert launch.newest_checkpoint(tmp_path) is None
-    for step, content in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"gl')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
-    (tmp_path / "checkpoint-12").mkdir()
-    assert launch.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+def test_sampling_is_shared_by_processes(inputs, undisturbed, tmp_path, monkeypatch):
+    """Each of them samples its chunks, here one after the other, to the same file as one does."""
+    wanted = rows(undisturbed() / "round_0" / "evaluation" / "sampled.jsonl")
 
+    def run(words):
+        for rank in range(2):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+            for name, value in environment.items():
+                monkeypatch.setenv(name, str(value))
+            assert words[:5] == launch.processes(2) and words[5:7] == launch.TRAIN[:2]
+            assert main(words[7:]) == 0
+            assert rank or not list((folder / "evaluation.part").glob("*/samples.jsonl"))
 
-@pytest.mark.parametrize(
-    "options, launcher",
-    [
-        ({}, []),
-        ({"num_processes": 4}, "-m torch.distributed.run --standalone --nproc_per_node 4".split()),
-        (
-            {"num_processes": 4, "accelerate_config": "fsdp2.yaml"},
-            "-m accelerate.commands.launch --config_file fsdp2.yaml --num_processes 4".split(),
-        ),
-    ],
-)
-def test_how_training_is_started(tmp_path, monkeypatch, options, launcher):
-    started = []
-    monkeypatch.setattr(launch, "run", started.append)
-    config = tmp_path / "training.yaml"
-    launch.train({"model": "m", "output": str(tmp_path)}, config, **options)
-    assert started == [[*launcher, *launch.TRAIN, "--config", str(config)]]
-
-
-def test_training_that_fails_is_an_error(monkeypatch):
-    monkeypatch.undo()
-    with pytest.raises(OSError, match="want exit status 0, got 3"):
-        launch.run(["-c", "raise SystemExit(3)"])
-
-
-def test_balanced_weights():
-    found = balanced_weights([True, True, False, None] * 5 + [False] * 20, 1.33)
-    right, wrong = found["desirable_weight"], found["undesirable_weight"]
-    assert 10 * right == pytest.approx(1.33 * 25 * wrong)
-    assert 10 * right + 25 * wrong == pytest.approx(35)
-    assert set(balanced_weights([True, None], 1.33).values()) == {1.0}
+    monkeypatch.setattr(launch, "run", run)
+    config = evaluation_config(inputs)
+    folder = tmp_path / "e"
+    command = ["evaluate", "--config", str(config), "--output", str(folder), "--num-processes", "2"]
+    assert main([*command, "--device", "cpu"]) == 0
+    found = rows(folder / "evaluation" / "sampled.jsonl")
+    assert found == wanted
+    assert not list(folder.rglob("*.work"))
 
 
 def test_weights_are_balanced_and_adapters_merged(inputs, tmp_path):
@@ -359,20 +334,6 @@ def test_a_finished_run_does_nothing_again(inputs, undisturbed, capsys):
     assert "round" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "more, said",
-    [
-        (["--temperature", "0.5"], "temperature: want 1.0"),
-        (["--rounds", "1"], "rounds: want at least 2"),
-        (["--learning-rate", "1e-5"], "training: want"),
-        (["--after-error", "wrong"], "rewards: want"),
-    ],
-)
-def test_another_config_is_refused(inputs, undisturbed, capsys, more, said):
-    assert main(words(inputs, undisturbed(), "step_kto", *more)) == 2
-    assert said in capsys.readouterr().err
-
-
 def test_evaluate_is_a_round_s_evaluation(inputs, undisturbed, tmp_path, capsys):
     folder = tmp_path / "e"
     command = ["evaluate", "--config", str(evaluation_config(inputs)), "--output", str(folder)]
@@ -385,7 +346,8 @@ def test_evaluate_is_a_round_s_evaluation(inputs, undisturbed, tmp_path, capsys)
     metrics = [json.loads((f / "metrics.json").read_text())["metrics"] for f in (found, wanted)]
     assert metrics[0] == metrics[1]
     assert main([*command, "--process", "none"]) == 2
-    assert "rewards: want" in capsys.readouterr().err
+    assert "labels.process: want 'arithmetic'" in capsys.readouterr().err
+    assert main([*command, "--workers", "3"]) == 0  # decides no label
 
 
 def evaluation_config(inputs):
@@ -395,117 +357,3 @@ def evaluation_config(inputs):
         "max_new_tokens: 48\nchunk: 4\nrewards: {outcome: exact, process: arithmetic}\n"
     )
     return path
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (["--method", "ppo"], "method: want one of"),
-        (["--rounds", "0"], "rounds: want an int >= 1"),
-        (["--rounds", "two"], "rounds: want a number"),
-        (["--learning-rat", "1"], "did you mean learning_rate?"),
-        (["--output-dir", "x"], "options of training only"),
-        (["--outcome", "vibes"], "argument --outcome"),
-        (["--prm", "x"], "--prm: want --process prm"),
-        (
-            ["--balance-outcomes", "1", "--desirable-weight", "2"],
-            "training: want no weights",
-        ),
-        (["--method", "sft", "--balance-outcomes", "1"], "balance_outcomes: want none"),
-        (["--method", "kto", "--step-weight", "1"], "step_weight: want 0 with method kto"),
-        (["--lora-alpha", "2"], "want --lora-rank"),
-        (["--temperature", "0"], "temperature: want"),
-        (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_mistakes_are_one_line_before_anything_is_done(inputs, tmp_path, capsys, change, said):
-    run = tmp_path / "run"
-    try:
-        status = main(words(inputs, run, "step_kto", *change))
-    except SystemExit as stop:
-        status = stop.code
-    assert status == 2 and not run.exists()
-    assert said in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_settings_that_are_not_known_are_named(inputs, tmp_path, capsys):
-    config = tmp_path / "run.yaml"
-    config.write_text("modle: x\n")
-    assert main(["iterate", "--config", str(config), "--output", str(tmp_path / "run")]) == 2
-    assert "did you mean model?" in capsys.readouterr().err
-    config.write_text("model: x\nproblems: y\n")
-    assert main(["iterate", "--config", str(config), "--output", str(tmp_path / "run")]) == 2
-    assert "eval_problems: want it" in capsys.readouterr().err
-
-
-def test_the_file_of_the_readme_is_one():
-    import re
-
-    import yaml
-
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    config = from_mapping(IterateConfig, yaml.safe_load(block))
-    assert config.method == "step_kto" and config.rewards["process"] == "judge"
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_problems_of_a_round(inputs, tmp_path, undisturbed, seed):
-    """Each once before any comes again."""
-    for number in (1, 4, 10, 25):
-        config = {"model": str(inputs / "m0"), "problems_per_round": number, "seed": seed}
-        paths = {n: str(inputs / f"{k}.jsonl") for n, k in PROBLEMS.items()}
-        run = Run(tmp_path / str(number), from_mapping(IterateConfig, config | paths))
-        drawn = [[p.id for p in run.problems_of(t)] for t in range(1, 6)]
-        assert all(len(set(ids)) == len(ids) for ids in drawn)
-        if number == 1:
-            assert len({ids[0] for ids in drawn}) == 5
-        if number == 4:
-            assert len({*drawn[0], *drawn[1], *drawn[2]}) == 10
-        if number >= 10:
-            assert all(len(ids) == 10 for ids in drawn) and drawn[0] != drawn[1]
-
-
-PROBLEMS = {"problems": "train", "eval_problems": "test"}
-
-
-def test_changed_problems_are_refused(inputs, undisturbed, capsys, tmp_path):
-    run, problems = undisturbed(), inputs / "train.jsonl"
-    content = problems.read_bytes()
-    try:
-        problems.write_bytes(content + b'{"id": "one more", "problem": "?", "answer": "1"}\n')
-        assert main(words(inputs, run)) == 2
-    finally:
-        problems.write_bytes(content)
-    assert "problems_sha256: want" in capsys.readouterr().err
-
-
-def test_another_first_model_is_refused(inputs, undisturbed, capsys):
-    run, weights = undisturbed(), inputs / "m0" / "model.safetensors"
-    content = weights.read_bytes()
-    try:
-        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert main(words(inputs, run)) == 2
-    finally:
-        weights.write_bytes(content)
-    assert "model_sha256: want" in capsys.readouterr().err
-
-
-def test_vllm_is_given_its_options_and_given_up(inputs, tmp_path, monkeypatch):
-    made = []
-
-    class Fake:
-        def __init__(self, model, **options):
-            made.append((model, options))
-            self.llm = "much memory"
-
-    monkeypatch.setattr(sampler, "VLLMSampler", Fake)
-    settings = {"model": "m", "problems": "p", "backend": "vllm", "dtype": "bfloat16"}
-    settings["backend_options"] = {"tensor_parallel_size": 2}
-    with sampling_model(from_mapping(EvaluateConfig, settings), "m") as found:
-        pass
-    assert not hasattr(found, "llm")
-    assert made == [("m", {"max_new_tokens": 1024, "dtype": "bfloat16", "tensor_parallel_size": 2})]
-    with pytest.raises(ValueError, match="backend_options: want none"):
-        from_mapping(EvaluateConfig, settings | {"backend": "transformers"})

@@ -146,6 +146,12 @@ def test_a_thought_that_was_cut_off_has_no_text(server):
     assert found == [[Completion("", "length")]]
 
 
+def test_text_that_no_file_can_hold_is_mended(server):
+    server.choices = lambda path, body: [{"text": "a\ud83d b\U0001f600", "finish_reason": "stop"}]
+    found = ServerSampler(client(server.url))(TEXTS[:1], num_samples=1, temperature=1.0, seed=0)
+    assert found == [[Completion("a? b\U0001f600", "stop")]]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with a chat template, whose generation config draws at random."""

@@ -18,10 +18,14 @@ examples:
   stepkto evaluate --model M1 --problems test.jsonl --output E1 --eval-num-samples 64 \\
       --process prm --prm PRM_FOLDER --prm-layout trl
 """
-NAMES = "model problems max_new_tokens batch_size chunk prompt backend eval_num_samples"
-NAMES += " eval_temperature equal resamples seed device dtype"
+NAMES = "model problems layout max_new_tokens batch_size chunk prompt backend"
+NAMES += " eval_num_samples eval_temperature equal resamples seed num_processes device dtype"
 TOLD = {name: HELP[name] for name in NAMES.split()}
-TOLD |= {"model": "folder or hub name", "problems": "JSON-lines file"}
+TOLD |= {
+    "model": "folder or hub name",
+    "problems": "file, or a set on the hub; see stepkto sample",
+    "num_processes": "each on a GPU of its own, default 1",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,31 +41,22 @@ def run(args: argparse.Namespace) -> int:
         OSError: a file cannot be read or written.
         ImportError: an extra that is needed is not installed.
     """
-    from dataclasses import asdict
-
     from stepkto_kernels.training import evaluation_files as files
+    from stepkto_kernels.training.drawing import derived_seed
     from stepkto_kernels.training.iterate_config import EvaluateConfig, from_mapping
-    from stepkto_kernels.training.models import sampling_model
-    from stepkto_kernels.training.records import read_problems
     from stepkto_kernels.training.report import markdown_table
-    from stepkto_kernels.training.run_folder import complete, keep_settings, lock, settings_of
+    from stepkto_kernels.training.run_folder import complete, lock
 
-    config = from_mapping(EvaluateConfig, gather(args, TOLD))
-    problems = read_problems(config.problems)
-    if not problems:
-        raise ValueError(f"problems: want at least one problem, got none in {config.problems}")
-    folder = args.output
-    keep_settings(folder / "config.yaml", settings_of(asdict(config), ("model", "problems")))
-    sampler = partial(sampling_model, config, config.model)
+    config, folder = from_mapping(EvaluateConfig, gather(args, TOLD)), args.output
+    problems = files.load("problems", config.problems, config.layout)
+    files.keep_config(folder, config, {"problems": problems})
     labeller = partial(files.make_labeller, config.reward_arguments(folder / "rewards"), problems)
-    draws = files.evaluation_draws(config, files.derived_seed(config.seed, "evaluate", 0))
+    seed = derived_seed(config.seed, "evaluate", 0)
     about: dict[str, Any] = {"model": config.model, "num_problems": len(problems)}
     about["num_samples"] = config.eval_num_samples
+    make = lambda part: files.evaluate_into(part, config, config.model, problems, seed, labeller)
     with lock(folder):
-        complete(
-            folder / "evaluation",
-            lambda part: files.evaluate_into(part, problems, sampler, labeller, draws),
-        )
+        complete(folder / "evaluation", make)
         found = files.measure(folder / "evaluation", config)
         complete(folder / "metrics.json", lambda part: files.write_metrics(part, about, found))
     percent = lambda value: f"{100 * value:.1f}"

@@ -5,50 +5,51 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from stepkto_kernels import checks
 from stepkto_kernels.training import evaluation, label_command
 from stepkto_kernels.training.bootstrap import Estimate
+from stepkto_kernels.training.drawing import Draw, draw, exhaust
 from stepkto_kernels.training.iterate_config import SamplingConfig
 from stepkto_kernels.training.label import Labeller, label_into
-from stepkto_kernels.training.records import Problem, RowWriter, read_rows, read_samples
-from stepkto_kernels.training.sample import sample_into
-from stepkto_kernels.training.sampler import Sampler
+from stepkto_kernels.training.problems import load_problems
+from stepkto_kernels.training.records import Problem, RowWriter, as_row, read_rows, read_samples
+from stepkto_kernels.training.run_folder import keep_settings, settings_of
 
 
-@dataclass(frozen=True)
-class Draw:
-    """How problems are sampled: `number` solutions of each, at a temperature, 0 for greedy ones."""
-
-    number: int
-    temperature: float
-    seed: int
-    prompt: str
-    chunk: int  # problems that are sampled together
+def load(name: str, source: str, layout: str | None) -> list[Problem]:
+    """Problems as load_problems takes them, at least one; name: of the setting."""
+    problems = load_problems(source, layout)
+    checks.require(len(problems) > 0, name, "at least one problem", f"none in {source}")
+    return problems
 
 
-def derived_seed(*parts: object) -> int:
-    """A seed of its own for each use; below 2**31, as everything that takes a seed does."""
-    digest = sha256(" ".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+def keep_config(
+    folder: Path,
+    config: SamplingConfig,
+    problems: Mapping[str, Sequence[Problem]],
+    may_grow: Sequence[str] = (),
+) -> None:
+    """Write config.yaml, or see that the folder was made with the same settings and problems.
 
+    Flags of the rewards that do not decide what labels are may change, such as a judge's
+    concurrency.
 
-def draw(path: Path, problems: Sequence[Problem], sampler: Sampler, how: Draw) -> Iterator[int]:
-    """Sample what the file does not have yet; gives the number of rows after each chunk."""
-    with RowWriter(path) as writer:
-        yield from sample_into(
-            writer,
-            problems,
-            sampler,
-            num_samples=how.number,
-            temperature=how.temperature,
-            seed=how.seed,
-            chunk=how.chunk,
-            prompt=how.prompt,
-        )
+    Raises:
+        ValueError: a setting, the first model or a problem is another one; names it.
+    """
+    settings = settings_of(asdict(config), ("model", *problems))
+    arguments = config.reward_arguments(folder / "rewards")
+    options = label_command.process_options(arguments)
+    settings["labels"] = label_command.settings(arguments, options)
+    for name, found in problems.items():
+        content = json.dumps([as_row(problem) for problem in found])
+        settings[f"{name}_sha256"] = sha256(content.encode()).hexdigest()
+    keep_settings(folder / "config.yaml", settings, may_grow, may_change=("rewards",))
 
 
 def judge(samples: Path, labelled: Path, labeller: Labeller, chunk: int = 64) -> Iterator[int]:
@@ -75,33 +76,30 @@ def make_labeller(arguments: Any, problems: Iterable[Problem]) -> Iterator[Label
 
 def evaluate_into(
     folder: Path,
+    config: SamplingConfig,
+    model: str,
     problems: Sequence[Problem],
-    sampler: Callable[[], AbstractContextManager[Sampler]],
+    seed: int,
     labeller: Callable[[], AbstractContextManager[Labeller]],
-    draws: Mapping[str, Draw],
 ) -> None:
-    """Write NAME_samples.jsonl and the judged NAME.jsonl for each draw, or what they do not have.
+    """Write greedy.jsonl and sampled.jsonl, judged, and their samples, or what is not there yet.
 
-    sampler, labeller: called once, the second when the first is closed, as both may hold a model.
+    Args:
+        folder: made where there is none.
+        config: says how problems are sampled; its model is not looked at.
+        seed: of the random solutions.
+        labeller: called when the model is given up, as it may hold one too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with sampler() as drawing:
-        for name, how in draws.items():
-            for _ in draw(folder / f"{name}_samples.jsonl", problems, drawing, how):
-                pass
-    with labeller() as judging:
-        for name in draws:
-            for _ in judge(folder / f"{name}_samples.jsonl", folder / f"{name}.jsonl", judging):
-                pass
-
-
-def evaluation_draws(config: SamplingConfig, seed: int) -> dict[str, Draw]:
-    """What held-out problems are sampled for; seed: of the random ones."""
-    c = config
-    return {
-        "greedy": Draw(1, 0.0, 0, c.prompt, c.chunk),
-        "sampled": Draw(c.eval_num_samples, c.eval_temperature, seed, c.prompt, c.chunk),
+    draws = {
+        "greedy": Draw(1, 0.0, 0),
+        "sampled": Draw(config.eval_num_samples, config.eval_temperature, seed),
     }
+    samples = {name: folder / f"{name}_samples.jsonl" for name in draws}
+    draw(config, model, problems, {samples[name]: how for name, how in draws.items()})
+    with labeller() as judging:
+        for name, path in samples.items():
+            exhaust(judge(path, folder / f"{name}.jsonl", judging))
 
 
 def measure(folder: Path, config: SamplingConfig) -> dict[str, Estimate]:
@@ -143,5 +141,5 @@ def write_metrics(path: Path, about: Mapping[str, Any], found: Mapping[str, Esti
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def list_rows(path: Path) -> list[dict[str, Any]]:
+def list_rows(path: Path) -> list[Any]:
     return [row for _, row in read_rows(path)]

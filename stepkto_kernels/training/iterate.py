@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,14 @@ from typing import Any
 from stepkto_kernels import checks
 from stepkto_kernels.training import evaluation_files as files
 from stepkto_kernels.training import launch
-from stepkto_kernels.training.evaluation_files import Draw, derived_seed, list_rows
+from stepkto_kernels.training.drawing import Draw, derived_seed, draw
+from stepkto_kernels.training.evaluation_files import list_rows
 from stepkto_kernels.training.iterate_config import IterateConfig
 from stepkto_kernels.training.label import Labeller
-from stepkto_kernels.training.models import load_for_sampling, sampling_model
-from stepkto_kernels.training.records import Problem, read_problems
-from stepkto_kernels.training.run_folder import (
-    complete,
-    keep_settings,
-    lock,
-    settings_of,
-    write_rows,
-)
-from stepkto_kernels.training.sampler import Sampler
+from stepkto_kernels.training.models import load_for_sampling
+from stepkto_kernels.training.records import Problem
+from stepkto_kernels.training.run_folder import complete, lock, write_rows
+from stepkto_kernels.training.selection import Row, balance, deduplicate
 
 EVERY = 20.0  # seconds between two lines of progress
 
@@ -49,12 +43,10 @@ class Run:
 
     def __init__(self, folder: Path, config: IterateConfig, say: Callable[[str], None] = print):
         self.folder, self.config, self.say = folder, config, say
-        self.problems = read_problems(config.problems)
-        self.held_out = read_problems(config.eval_problems)
-        for name, problems in (("problems", self.problems), ("eval_problems", self.held_out)):
-            checks.require(len(problems) > 0, name, "at least one problem", "none")
-        settings = settings_of(asdict(config), ("model", "problems", "eval_problems"))
-        keep_settings(folder / "config.yaml", settings, may_grow=("rounds",))
+        self.problems = files.load("problems", config.problems, config.layout)
+        self.held_out = files.load("eval_problems", config.eval_problems, config.eval_layout)
+        problems = {"problems": self.problems, "eval_problems": self.held_out}
+        files.keep_config(folder, config, problems, may_grow=("rounds",))
 
     def __call__(self) -> None:
         """Do all that is not done.
@@ -108,9 +100,6 @@ class Run:
     def _seed(self, t: int, what: str) -> int:
         return derived_seed(self.config.seed, what, t)  # the same for every method
 
-    def _sampler(self, t: int) -> AbstractContextManager[Sampler]:
-        return sampling_model(self.config, self.model(t))
-
     def _labeller(self, problems: Sequence[Problem]) -> AbstractContextManager[Labeller]:
         # one cache of verdicts for all rounds
         arguments = self.config.reward_arguments(self.folder / "rewards")
@@ -118,9 +107,9 @@ class Run:
 
     def _sample(self, t: int, part: Path) -> None:
         c = self.config
-        how = Draw(c.num_samples, c.temperature, self._seed(t, "sample"), c.prompt, c.chunk)
-        with self._sampler(t - 1) as sampler:
-            self._follow(t, "samples", files.draw(part, self.problems_of(t), sampler, how))
+        how = Draw(c.num_samples, c.temperature, self._seed(t, "sample"))
+        follow = partial(self._follow, t, "samples")
+        draw(c, self.model(t - 1), self.problems_of(t), {part: how}, follow)
 
     def _label(self, t: int, part: Path) -> None:
         with self._labeller(self.problems) as labeller:
@@ -136,9 +125,15 @@ class Run:
                 self.say(f"round {t}: {count} {what}")
 
     def _select(self, t: int, part: Path) -> None:
-        rows = list_rows(self._round(t) / "labelled.jsonl")
-        if self.config.method == "sft":
+        c = self.config
+        rows: list[Row] = list_rows(self._round(t) / "labelled.jsonl")
+        if c.method == "sft":
             rows = [row for row in rows if row["label"] is True]
+        if c.deduplicate:
+            rows = deduplicate(rows)
+        if c.per_problem is not None:
+            fill = c.fill or c.method == "sft"
+            rows = balance(rows, c.per_problem, seed=self._seed(t, "select"), fill=fill)
         checks.require(len(rows) > 0, f"round {t}", "a row to train on", "none that was selected")
         write_rows(part, rows)
 
@@ -163,9 +158,9 @@ class Run:
         launch.tidy(part)
 
     def _evaluate(self, t: int, part: Path) -> None:
-        draws = files.evaluation_draws(self.config, self._seed(t, "evaluate"))
         labeller = partial(self._labeller, self.held_out)
-        files.evaluate_into(part, self.held_out, partial(self._sampler, t), labeller, draws)
+        seed = self._seed(t, "evaluate")
+        files.evaluate_into(part, self.config, self.model(t), self.held_out, seed, labeller)
 
     def _measure(self, t: int, part: Path) -> None:
         c = self.config

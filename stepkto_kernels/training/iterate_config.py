@@ -39,6 +39,7 @@ class SamplingConfig:
             math-verify.
         resamples: of the bootstrap.
         seed: of all draws. The same for all methods, so that they see the same samples of M0.
+        num_processes: of sampling with transformers, and of training, data parallel.
         device: such as cuda; auto takes a GPU where there is one.
         dtype: of the model; auto takes the one it was saved in.
         rewards: flags of `stepkto label`, without dashes.
@@ -58,6 +59,7 @@ class SamplingConfig:
     equal: str = "text"
     resamples: int = 2000
     seed: int = 0
+    num_processes: int = 1
     device: str = "auto"
     dtype: str = "auto"
     rewards: Options = field(default_factory=dict)
@@ -66,7 +68,14 @@ class SamplingConfig:
         for name in ("model", "device", "dtype"):
             value = getattr(self, name)
             checks.require(isinstance(value, str) and bool(value), name, "a string", repr(value))
-        for name in ("max_new_tokens", "batch_size", "chunk", "eval_num_samples", "resamples"):
+        for name in (
+            "max_new_tokens",
+            "batch_size",
+            "chunk",
+            "eval_num_samples",
+            "resamples",
+            "num_processes",
+        ):
             checks.integer(name, getattr(self, name), low=1)
         checks.integer("seed", self.seed, low=0)
         checks.number("eval_temperature", self.eval_temperature, low=0, low_open=True)
@@ -95,9 +104,10 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(SamplingConfig):
-    """All settings of `stepkto evaluate`; problems: JSON-lines file."""
+    """All settings of `stepkto evaluate`; problems, layout: as load_problems takes them."""
 
     problems: str
+    layout: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,19 +116,22 @@ class IterateConfig(SamplingConfig):
 
     Args:
         model: M0.
-        problems: JSON-lines file of the problems that are trained on.
-        eval_problems: one of held-out problems.
+        problems: file of the problems that are trained on, or name of a set; see load_problems.
+        eval_problems: those that are held out.
+        layout, eval_layout: of which set a file is; None for records.Problem's fields.
         method: step_kto; kto, from outcomes only; sft, on samples with the right answer.
         rounds: M1 to M_rounds are trained, >= 1. The only setting that may change, and grow.
         problems_per_round: None takes all in each; else each is taken once before any comes again.
         num_samples: of a problem and round, >= 1.
         temperature: of samples, > 0.
+        deduplicate: of a problem's solutions that differ in whitespace only, train on the first.
+        per_problem, fill: train on so many of a problem's solutions, as selection.balance; None: on
+            all. For sft, of the right ones.
         balance_outcomes: the weights of right and wrong answers are set so that the sum of all
             right ones' is this many times that of all wrong ones', and their mean is 1. None: as
             in `training`.
         log_ratios: rows a round of which log-ratios are written; None: all, 0: none.
-        num_processes: of training, data parallel.
-        accelerate_config: file of `accelerate config`, such as for FSDP, to start them with.
+        accelerate_config: file of `accelerate config`, such as for FSDP, to start training with.
         training: options of `stepkto train`, StepKTOArguments' among them.
     Raises:
         ValueError: a setting is out of range or not known.
@@ -126,26 +139,37 @@ class IterateConfig(SamplingConfig):
 
     problems: str
     eval_problems: str
+    layout: str | None = None
+    eval_layout: str | None = None
     method: str = "step_kto"
     rounds: int = 3
     problems_per_round: int | None = None
     num_samples: int = 8
     temperature: float = 1.0
+    deduplicate: bool = False
+    per_problem: int | None = None
+    fill: bool = False
     balance_outcomes: float | None = None
     log_ratios: int | None = None
-    num_processes: int = 1
     accelerate_config: str | None = None
     training: Options = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.choice("method", self.method, METHODS)
-        for name in ("rounds", "num_samples", "num_processes"):
+        for name in ("rounds", "num_samples"):
             checks.integer(name, getattr(self, name), low=1)
         for name, low in (("problems_per_round", 1), ("log_ratios", 0)):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), low=low)
         checks.number("temperature", self.temperature, low=0, low_open=True)
+        for name in ("deduplicate", "fill"):
+            checks.instance(name, getattr(self, name), bool)
+        if self.per_problem is not None:
+            low = 1 if self.fill or self.method == "sft" else 2
+            checks.integer("per_problem", self.per_problem, low=low)
+        alone = self.fill and self.per_problem is None
+        checks.require(not alone, "fill", "per_problem with it", "none")
         checks.instance("training", self.training, dict)
         taken = sorted(set(OURS) & self.training.keys())
         checks.require(not taken, "training", "options of training only", taken)
@@ -188,6 +212,8 @@ def _read(name: str, value: Any, kind: str) -> Any:
     """A value as its field's type, from text or from YAML, which takes 1e-3 for text."""
     if not isinstance(value, str) or kind.startswith("str"):
         return value
+    if kind == "bool":
+        return {"true": True, "false": False}.get(value.lower(), value)
     try:
         return float(value) if kind.startswith("float") else int(value)
     except ValueError:

@@ -42,10 +42,13 @@ def train(
         launcher = ["-m", "accelerate.commands.launch", "--config_file", accelerate_config]
         words = [*launcher, "--num_processes", str(num_processes), *words]
     elif num_processes > 1:
-        # accelerate without a config file would start one only where there are no GPUs
-        launcher = ["-m", "torch.distributed.run", "--standalone"]
-        words = [*launcher, "--nproc_per_node", str(num_processes), *words]
+        words = [*processes(num_processes), *words]
     run(words)
+
+
+def processes(number: int) -> list[str]:
+    """What starts several processes; accelerate without a config file starts one without GPUs."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
 
 
 def run(words: list[str]) -> None:

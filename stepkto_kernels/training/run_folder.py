@@ -38,7 +38,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def settings_of(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    """Settings as they are kept: absolute paths, and digests of what is there.
+    """Settings as they are kept: absolute paths, and digests of folders.
 
     Args:
         values: what JSON can hold.
@@ -49,18 +49,17 @@ def settings_of(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, An
         path = Path(found[name])
         if path.exists():
             found[name] = str(path.absolute())
+        if path.is_dir():
             found[f"{name}_sha256"] = digest(path)
     return found
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of what a model's folder has in weights and JSON.
+    """SHA-256 of what a model's folder has in weights and JSON.
 
-    Of a file in a folder, the size and both ends: a model takes minutes to read, and training
-    changes every part of it.
+    Of each file the size and both ends: a model takes minutes to read, and training changes every
+    part of it.
     """
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
     found = hashlib.sha256()
     for each in sorted(path.iterdir()):
         if each.suffix in (".safetensors", ".bin", ".json") and each.name != "trainer_state.json":
@@ -73,13 +72,19 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def keep_settings(path: Path, wanted: Mapping[str, Any], may_grow: Sequence[str] = ()) -> None:
+def keep_settings(
+    path: Path,
+    wanted: Mapping[str, Any],
+    may_grow: Sequence[str] = (),
+    may_change: Sequence[str] = (),
+) -> None:
     """Write a folder's settings, or see that it was made with the same.
 
     Args:
         path: YAML file.
         wanted: of settings_of.
         may_grow: names of numbers that may be larger than before.
+        may_change: names of what may be anything.
     Raises:
         ValueError: a setting, or the content of a file, is another one; names it.
     """
@@ -89,12 +94,13 @@ def keep_settings(path: Path, wanted: Mapping[str, Any], may_grow: Sequence[str]
 
     if path.exists():
         found = read_yaml(path)
-        for name in sorted({*wanted, *found}):
-            old: Any = found.get(name)
-            new: Any = wanted.get(name)
+        before, now = flat(found), flat(wanted)
+        for name in sorted({*before, *now}):
+            old: Any = before.get(name)
+            new: Any = now.get(name)
             if name in may_grow:
                 checks.require(new >= old, name, f"at least {old}, as in {path}", new)
-            else:
+            elif name.partition(".")[0] not in may_change:
                 checks.require(new == old, name, f"{old!r}, as in {path}", repr(new))
         if wanted == found:
             return
@@ -102,6 +108,17 @@ def keep_settings(path: Path, wanted: Mapping[str, Any], may_grow: Sequence[str]
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(yaml.safe_dump(dict(wanted), sort_keys=False), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings in settings as "training.learning_rate"."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 @contextmanager

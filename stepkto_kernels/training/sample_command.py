@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stepkto_kernels import checks
 from stepkto_kernels.training import sample_parts
 from stepkto_kernels.training.label_command import keep_settings
 from stepkto_kernels.training.problems import SOURCES, load_problems
@@ -100,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         OSError: a file or the model cannot be read, or the server cannot be reached.
         ImportError: the backend is not installed.
     """
+    for name in ("num_samples", "max_new_tokens", "chunk"):
+        checks.integer("--" + name.replace("_", "-"), getattr(args, name), low=1)
     options = backend_options(args)
     ranks = sample_parts.ranks()
     if ranks.world_size > 1 and args.backend != "transformers":
@@ -108,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
             "spreads its work by itself from one, got " + args.backend
         )
     problems = load_problems(args.problems, args.layout, split=args.split, limit=args.limit)
+    checks.require(bool(problems), "--problems", "at least one problem", "none")
     if args.save_problems is not None and ranks.rank == 0:
         text = "".join(json.dumps(as_row(each), ensure_ascii=False) + "\n" for each in problems)
         args.save_problems.write_text(text, encoding="utf-8")

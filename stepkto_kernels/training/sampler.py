@@ -241,5 +241,9 @@ class ServerSampler:
 
 
 def _completion(text: str, finish: str | None) -> Completion:
-    """Of the word of vLLM and of OpenAI's protocol for how it ended."""
-    return Completion(text, "length" if finish == "length" else "stop")
+    """Of the word of vLLM and of OpenAI's protocol for how it ended.
+
+    Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, become question marks.
+    """
+    writable = text.encode(errors="replace").decode()
+    return Completion(writable, "length" if finish == "length" else "stop")
