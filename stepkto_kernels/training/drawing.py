@@ -63,8 +63,7 @@ def draw(
     """
     if config.backend == "transformers" and config.num_processes > 1:
         for path, how in draws.items():
-            if not path.exists():
-                draw_in_processes(config, model, problems, path, how)
+            draw_in_processes(config, model, problems, path, how)
         return
     with sampling_model(config, model) as sampler:
         for path, how in draws.items():
@@ -87,6 +86,9 @@ def draw_in_processes(
 ) -> None:
     """`stepkto sample` in a folder beside the file, which is there when it is complete."""
     folder = path.with_name(path.name + ".work")
+    if path.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # a kill came between the last two lines
+        return
     folder.mkdir(exist_ok=True)
     write_rows(folder / "problems.jsonl", map(as_row, problems))
     options = {
