@@ -33,6 +33,7 @@ bench: $(READY)
 # or two. Goes on where it was stopped, from out/reproduction.
 reproduce: $(READY)
 	$(BIN)/python benchmarks/reproduce.py $(ARGS)
+	$(BIN)/python benchmarks/readme.py
 
 # Tests and benchmarks that want a GPU, in under ten minutes; everything lands in STEPKTO_GPU_OUT
 # (default out/gpu). ARGS='--parts tests head' chooses parts. Without a virtual environment:

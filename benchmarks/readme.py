@@ -121,6 +121,33 @@ def demo_table(result: Result) -> str:
     )
 
 
+def reproduction_table(result: Result) -> str:
+    """M0 and M3 of each method: mean and half of the 95 % interval over seeds."""
+    columns = {
+        "errors": "step errors in correct solutions",
+        "pass@1": "Pass@1",
+        "maj@8": "Maj@8",
+    }
+    names = {"kto": "KTO", "step_kto": "Step-KTO", "rft": "rejection sampling"}
+    last = max(row["round"] for row in result["summary"])
+    rows = []
+    for task in unique(row["task"] for row in result["summary"]):
+        found = [row for row in result["summary"] if row["task"] == task]
+        for row in [found[0], *(row for row in found if row["round"] == last)]:
+            name = names[row["method"]] if row["round"] else "M0"
+            cells = [interval_cell(row["metrics"][key]) for key in columns]
+            rows.append([f"{task}, {name}", *cells])
+    seeds = min(row["seeds"] for row in result["summary"])
+    return (
+        f"{markdown_table([f'%, after round {last}', *columns.values()], rows)}\n{seeds} seeds.\n"
+    )
+
+
+def interval_cell(values: list[float]) -> str:
+    mean, low, high = values
+    return f"{percent(mean)} ± {percent((high - low) / 2)}"
+
+
 def trainer_table(result: Result) -> str:
     """Whole steps: seconds, how often faster than the slowest, memory."""
     slowest = max(row["step_seconds_best"] for row in result["rows"])
@@ -148,12 +175,13 @@ SUITES: dict[str, Callable[[Result], str]] = {
 TABLES = {f"{suite}_{d}": table for d in ("cpu", "cuda") for suite, table in SUITES.items()}
 TABLES["demo"] = demo_table
 TABLES["trainer_cpu"] = trainer_table
+TABLES["reproduction"] = reproduction_table
 
 
 def command(name: str) -> str:
     suite, _, device = name.partition("_")
     if not device:
-        return "make results"
+        return "make reproduce" if suite == "reproduction" else "make results"
     if suite == "trainer":
         return "python benchmarks/trainer.py"
     return f"python benchmarks/run.py --suite {suite} --device {device}"

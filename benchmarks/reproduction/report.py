@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from stepkto_kernels.bench.environment import environment
-from stepkto_kernels.training.report import markdown_table, with_tables
+from stepkto_kernels.training.report import markdown_table, percent, with_tables
 
 from . import statistics, study
 from .study import Row
@@ -150,10 +150,6 @@ def tables(found: Row) -> dict[str, str]:
     return page
 
 
-def percent(value: float) -> str:
-    return f"{POINTS * value:.1f}"
-
-
 def spread(values: Sequence[float]) -> str:
     mean, low, high = values
     return f"{percent(mean)} ± {percent((high - low) / 2)}"
@@ -243,7 +239,7 @@ def plot(found: Row, path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=130)
 
 
