@@ -1,6 +1,6 @@
 """Write the tables of ROOFLINE.md from the arithmetic in stepkto_kernels/bench/predictions.py.
 
-The table of compiled kernels is from results/compile.json, which compile_report.py --output writes.
+The tables of compiled kernels are from results/compile.json, which compile_report.py writes.
 
 python benchmarks/roofline.py            # rewrites what stands between the begin and end marks
 python benchmarks/roofline.py --check    # exits with 1 where ROOFLINE.md differs
@@ -48,12 +48,49 @@ def compile_table() -> str:
     return f"{table}\nTriton {result['triton']}; all in benchmarks/results/compile.json.\n"
 
 
+def mixtures_table() -> str:
+    """The same of the mixtures of options that compile_report.py --all compiled."""
+    result = json.loads(COMPILED.read_text(encoding="utf-8"))["all"]
+    rows = [
+        [
+            group["kernel"].strip("_"),
+            f"sm_{group['sm']}",
+            group["operands"],
+            group["compiled"],
+            group["registers"],
+            group["stack_bytes"],
+            f"{group['shared_bytes'] / 1024:.0f}",
+        ]
+        for group in result["most"]
+    ]
+    header = ["kernel", "for", "operands", "mixtures", "registers", "stack", "shared KiB"]
+    compiled, total = result["compiled"], result["mixtures"]
+    share = f"{compiled} of {total} mixtures"
+    if compiled < total:
+        share += f", the usual ones and others at random (seed {result['seed']})"
+    return f"{markdown_table(header, rows)}\n{share}.\n"
+
+
+def candidates_table() -> str:
+    """Tile shapes of `stepkto tune`, and for which kinds each compiles without a spill."""
+    found = json.loads(COMPILED.read_text(encoding="utf-8"))["candidates"]
+    columns = list(dict.fromkeys((entry["sm"], entry["operands"]) for entry in found))
+    kinds = {(e["tile"], e["sm"], e["operands"]): ", ".join(e["kinds"]) or "-" for e in found}
+    rows = [
+        [tile, *(kinds[tile, sm, operands] for sm, operands in columns)]
+        for tile in dict.fromkeys(entry["tile"] for entry in found)
+    ]
+    header = ["tile", *(f"sm_{sm} {operands.split()[1]}" for sm, operands in columns)]
+    return markdown_table(header, rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="tables of benchmarks/ROOFLINE.md")
     parser.add_argument("--check", action="store_true", help="only compare")
     args = parser.parse_args()
     old = PAGE.read_text(encoding="utf-8")
-    tables = {**TABLES, "compile": compile_table}
+    tables = {**TABLES, "compile": compile_table, "mixtures": mixtures_table}
+    tables["candidates"] = candidates_table
     new = with_tables(old, {name: table() for name, table in tables.items()})
     if args.check:
         return int(new != old)

@@ -37,6 +37,7 @@ from stepkto_kernels.kernels.rows import (
     dlogits_of,
     gradient_arguments,
     option_arguments,
+    registers,
     stat_arguments,
     transform,
 )
@@ -59,6 +60,9 @@ SHAPES = {
 }
 # fp32 operands take twice the shared memory; small, as the vendor's GEMM serves them (plan.py)
 FP32_SHAPE = TileShape(64, 64, 32, 4, 2)
+# A thread, all that there are; of "narrow" launches in bf16 and fp16. The plain forward for sm_100
+# and fp32 spill with any bound (compile_report.py).
+MAX_REGISTERS = 255
 INTERPRETED_SHAPE = TileShape(32, 64, 32, 4, 1, GROUP_M=2)
 INTERPRETED_PROGRAMS = 3  # fewer than tiles, so that the persistent loop is one
 
@@ -331,6 +335,11 @@ def ways_to_read(device: torch.device) -> tuple[bool, ...]:
     return (False, True) if _device(device.index)[0] >= 90 else (False,)
 
 
+def register_bound(kind: str, dtype: torch.dtype) -> int | None:
+    """Of a launch of this kind, see tile_shape; None leaves it to ptxas."""
+    return MAX_REGISTERS if kind == "narrow" and dtype != torch.float32 else None
+
+
 def tile_shape(capability: int, descriptors: bool, dtype: torch.dtype, kind: str) -> TileShape:
     """kind: "forward" or "dlogits" with plain logits, "narrow" with options or statistics."""
     if INTERPRETED:
@@ -388,6 +397,7 @@ class Launch:
     def __call__(self, kernel: Any, *rows: Tensor, **arguments: Any) -> None:
         """rows: what the kernel takes between bias_ptr and n."""
         shape, descriptors, programs = self.resolve()
+        bound = register_bound(self.kind, self.hidden.dtype)
         assert self.hidden.stride(1) == 1 and self.weight.stride(1) == 1
         operands: list[Any] = [self.hidden, self.weight]
         if descriptors:
@@ -415,6 +425,7 @@ class Launch:
             GROUP_M=shape.GROUP_M,
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
+            **({} if bound is None else registers(bound)),
         )
 
 

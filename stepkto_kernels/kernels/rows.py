@@ -24,10 +24,20 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 # program, so there a program takes many rows; a row's bits do not depend on that.
 BLOCK_ROWS = 32 if INTERPRETED else 1
 BLOCK_V, NUM_WARPS = 4096, 8
+MAX_REGISTERS = 96  # a thread, for two programs a multiprocessor and more
 # Of the fold over chunks: C is 16 for tiles of logits, about 500 to 2000 for GEMM epilogues.
 FINISH_ROWS, FINISH_CHUNKS = 32, 32
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a max that is finite even of masked logits
 NEGLIGIBLE = tl.constexpr(-1e4)  # log of a probability that is 0 in fp32; 0 * -inf would be NaN
+
+
+def registers(most: int) -> dict[str, int]:
+    """Launch option: registers a thread, on NVIDIA's GPUs; other compilers do not know it.
+
+    Left to itself ptxas keeps a few values of some mixtures of options in memory, to fit one more
+    program on a multiprocessor (benchmarks/compile_report.py --all).
+    """
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 # ---- mathematics of a logit, shared with gemm_epilogue.py ----------------------------------------
@@ -506,6 +516,7 @@ class Fold:
             BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_V=block_v(v),
             num_warps=NUM_WARPS,
+            **registers(MAX_REGISTERS),
         )
 
     def finish(self) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
@@ -532,6 +543,7 @@ class Fold:
                 ROWS=FINISH_ROWS,
                 CHUNKS=FINISH_CHUNKS,
                 num_warps=4,
+                **registers(MAX_REGISTERS),
             )
         return logp, LogSumExp(top, logsum), values
 
@@ -582,5 +594,6 @@ def dlogits(tile: Tile, row: RowGradient, options: LogitOptions, out: Tensor) ->
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_V=block_v(v),
         num_warps=NUM_WARPS,
+        **registers(MAX_REGISTERS),
     )
     return out
