@@ -285,7 +285,8 @@ class Script:
         self.by_steps, self.calls = by_steps, []
         self.drawn: dict[int, int] = {}
 
-    def __call__(self, prefixes, number):
+    def __call__(self, prefixes, number, drawn):
+        assert all(self.drawn.get(len(each.steps), 0) == drawn for each in prefixes)
         self.calls.append(len(prefixes))
         texts = []
         for prefix in prefixes:
@@ -310,7 +311,7 @@ def test_share_of_right_answers_against_the_threshold():
         early = MonteCarlo(sampler, outcome, rollouts=8, threshold=0.5, at_once=at_once)
         assert judge_steps(early, [solution(*steps)]) == [[True, True, False, None, None]]
         assert sampler.drawn[1] < 8 and early.drawn == sum(sampler.drawn.values())
-    assert Script(script)([], 1) == []
+    assert Script(script)([], 1, 0) == []
 
 
 @pytest.mark.parametrize("threshold", [1e-9, 0.1, 0.3, 0.5, 0.7, 1.0])
@@ -335,4 +336,4 @@ def test_nothing_is_drawn_behind_an_error_where_asked():
 
 def test_sampler_that_gives_another_number():
     with pytest.raises(ValueError, match="sampler: want 4 continuations of each of 1 prefixes"):
-        MonteCarlo(lambda prefixes, number: [["a"]], outcome)([solution("a")])
+        MonteCarlo(lambda prefixes, number, drawn: [["a"]], outcome)([solution("a")])

@@ -67,7 +67,7 @@ def make_labeller(arguments: Any, problems: Iterable[Problem]) -> Iterator[Label
         yield Labeller(
             {problem.id: problem for problem in problems},
             outcome,
-            label_command.process_reward(arguments, options),
+            label_command.process_reward(arguments, options, outcome),
             after_error=arguments.after_error,
             style=arguments.style,
             workers=arguments.workers,

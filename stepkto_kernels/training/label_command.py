@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stepkto_kernels.training import label_rollouts
 from stepkto_kernels.training.label import NAMES, Labeller, count_labels, label_into
 from stepkto_kernels.training.records import RowWriter, read_problems, read_samples
 from stepkto_kernels.training.rewards.base import AFTER_ERROR, OutcomeReward, ProcessReward
@@ -27,6 +28,8 @@ examples:
       --process prm --prm PRM_FOLDER --prm-layout trl --after-error unlabelled
   stepkto label --samples s.jsonl --problems p.jsonl --output l.jsonl \\
       --process judge --judge-url http://localhost:8000/v1 --judge-model NAME --judge-key-env none
+  stepkto label --samples s.jsonl --problems p.jsonl --output l.jsonl \\
+      --process rollouts --rollout-model MODEL_FOLDER --after-error unlabelled
 
 A line of --problems, of --samples, and of what is written:
   {"id": "7", "problem": "2 + 3 * 4 = ?", "answer": "14", "solution": null}
@@ -37,7 +40,7 @@ A line of --problems, of --samples, and of what is written:
    "labels": [true, true, null], "label": true}
 """
 OUTCOMES = ("math-verify", "exact", "none")
-PROCESSES = ("arithmetic", "prm", "judge", "none")
+PROCESSES = ("arithmetic", "prm", "judge", "rollouts", "none")
 # Flags of one process reward only: type, default, help. Those that do not decide what the labels
 # are may differ between the runs that write a file.
 PRM: dict[str, tuple[Any, Any, str]] = {
@@ -59,8 +62,20 @@ JUDGE: dict[str, tuple[Any, Any, str]] = {
     "judge_retries": (int, 5, "attempts after a failed one, default 5"),
     "judge_attempts": (int, 3, "answers that do not fit before a verdict is given up, default 3"),
 }
-NEEDED = {"prm": ("prm",), "judge": ("judge_url", "judge_model")}
-DECIDING = ("prm", "prm_layout", "prm_threshold", "prm_dtype", "judge_model")
+TABLES = {"prm": PRM, "judge": JUDGE, "rollouts": label_rollouts.ROLLOUTS}
+NEEDED = {
+    "prm": ("prm",),
+    "judge": ("judge_url", "judge_model"),
+    "rollouts": ("rollout_model",),
+}
+DECIDING = (
+    "prm",
+    "prm_layout",
+    "prm_threshold",
+    "prm_dtype",
+    "judge_model",
+    *label_rollouts.DECIDING,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +113,7 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--outcome-timeout", type=float, default=5.0, help="seconds of a comparison, default 5"
     )
-    for process, table in (("prm", PRM), ("judge", JUDGE)):
+    for process, table in TABLES.items():
         group = parser.add_argument_group(f"--process {process}")
         for name, (kind, _, told) in table.items():
             flag = "--" + name.replace("_", "-")
@@ -122,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     problems = {problem.id: problem for problem in read_problems(args.problems)}
     samples = read_samples(args.samples)
     with outcome_reward(args) as outcome:
-        process = process_reward(args, options)
+        process = process_reward(args, options, outcome)
         labeller = Labeller(
             problems,
             outcome,
@@ -147,7 +162,7 @@ def process_options(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: a flag of another one is given, or one that is needed is not.
     """
     found: dict[str, Any] = {}
-    for process, table in (("prm", PRM), ("judge", JUDGE)):
+    for process, table in TABLES.items():
         for name, (_, default, _) in table.items():
             value, flag = getattr(args, name), "--" + name.replace("_", "-")
             if args.process == process:
@@ -156,6 +171,10 @@ def process_options(args: argparse.Namespace) -> dict[str, Any]:
                     raise ValueError(f"{flag}: want it with --process {process}, got none")
             elif value is not None:
                 raise ValueError(f"{flag}: want --process {process} with it, got {args.process}")
+    if args.process == "rollouts":
+        label_rollouts.check_place(vars(args))
+        if args.outcome == "none":
+            raise ValueError("--outcome: want a judge of the rollouts' answers, got none")
     if args.trust_remote_code and args.process != "prm":
         raise ValueError(f"--trust-remote-code: want --process prm with it, got {args.process}")
     return found
@@ -176,7 +195,10 @@ def outcome_reward(args: argparse.Namespace) -> Iterator[OutcomeReward | None]:
         yield None
 
 
-def process_reward(args: argparse.Namespace, options: Mapping[str, Any]) -> ProcessReward | None:
+def process_reward(
+    args: argparse.Namespace, options: Mapping[str, Any], outcome: OutcomeReward | None
+) -> ProcessReward | None:
+    """The reward that --process names; `outcome` judges the answers of rollouts."""
     if args.process == "arithmetic":
         from stepkto_kernels.training.rewards.arithmetic_steps import ArithmeticSteps
 
@@ -212,6 +234,12 @@ def process_reward(args: argparse.Namespace, options: Mapping[str, Any]) -> Proc
         return LLMJudge(
             client, cache=cache, attempts=options["judge_attempts"], stop_when_down=True
         )
+    if args.process == "rollouts":
+        if outcome is None:
+            raise ValueError("outcome: want a judge of the rollouts' answers, got none")
+        # what follows an error gets no verdict of its own unless verdicts are kept
+        stop = args.after_error != "keep"
+        return label_rollouts.make_reward(options, outcome, stop_at_error=stop)
     return None
 
 
@@ -269,6 +297,8 @@ def summary(
         lines.append(f"math-verify: {outcome.undecided} comparisons passed a limit")
     if process is not None and hasattr(process, "missing"):
         lines.append(f"process reward model: {process.missing} steps without a score")
+    if process is not None and hasattr(process, "drawn"):
+        lines.append(f"rollouts: {process.drawn} drawn, {process.unknown} without an outcome")
     counts: Counter[str] | None = getattr(process, "counts", None)
     if counts is not None:
         names = ("asked", "cached", "missing", "bad answers", "unsure")

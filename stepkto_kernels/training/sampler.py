@@ -36,16 +36,20 @@ class Sampler(Protocol):
     ) -> list[list[Completion]]: ...
 
 
-def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, written: str = "") -> list[int]:
     """The tokens of a prompt as encode_example has them in training.
 
     Messages go through the chat template, which has its own special tokens; of text, the special
     tokens that the tokenizer puts behind it are left out.
 
+    Args:
+        prompt: text or messages.
+        tokenizer: of the model.
+        written: what the model has written so far, to go on from.
     Raises:
         ValueError: no tokens, or messages that the chat template does not take.
     """
-    text = prompt_text(prompt, tokenizer)
+    text = prompt_text(prompt, tokenizer) + written
     encoding = tokenizer(
         text, add_special_tokens=isinstance(prompt, str), return_special_tokens_mask=True
     )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from stepkto_kernels import checks
 from stepkto_kernels.training.rewards.base import Label, OutcomeReward, Solution, check_label
 
-# Called as sampler(prefixes, number): `number` continuations of each, what comes after the prefix.
-Sampler = Callable[[Sequence[Solution], int], list[list[str]]]
+# Called as sampler(prefixes, number, drawn): `number` continuations of each, what comes after the
+# prefix, None for one that cannot be had. `drawn` is how many of each there were before.
+Sampler = Callable[[Sequence[Solution], int, int], list[list[str | None]]]
 
 
 @dataclass
@@ -25,7 +26,8 @@ class MonteCarlo:
     """A step is right where the share of right answers from behind it is >= `threshold`.
 
     Rollouts of a prefix stop as soon as the rest cannot change its verdict. A rollout whose outcome
-    is None counts as neither; where it would decide, the step has no verdict.
+    is None counts as neither; where it would decide, the step has no verdict. `drawn` counts
+    rollouts, `unknown` those without an outcome.
 
     Args:
         sampler: gives continuations of a solution's prefix.
@@ -56,7 +58,7 @@ class MonteCarlo:
         self.rollouts, self.at_once, self.stop_at_error = rollouts, at_once, stop_at_error
         # by division, as the share is: 0.3 * 10 rounds to more than 3
         self.needed = next(n for n in range(rollouts + 1) if n / rollouts >= threshold)
-        self.drawn = 0
+        self.drawn = self.unknown = 0
 
     def __call__(self, solutions: Sequence[Solution]) -> list[list[Label]]:
         labels: list[list[Label]] = [[None] * len(each.steps) for each in solutions]
@@ -77,24 +79,26 @@ class MonteCarlo:
 
     def _judge(self, prefixes: list[_Prefix], labels: list[list[Label]]) -> None:
         while prefixes:
-            number = min(self.at_once, self.rollouts - prefixes[0].drawn)  # the same for all
-            drawn = self.sampler([prefix.solution for prefix in prefixes], number)
-            fits = len(drawn) == len(prefixes) and all(len(texts) == number for texts in drawn)
+            before = prefixes[0].drawn  # the same for all
+            number = min(self.at_once, self.rollouts - before)
+            found = self.sampler([prefix.solution for prefix in prefixes], number, before)
+            fits = len(found) == len(prefixes) and all(len(texts) == number for texts in found)
             want = f"{number} continuations of each of {len(prefixes)} prefixes"
-            checks.require(fits, "sampler", want, [len(texts) for texts in drawn])
-            for prefix, texts in zip(prefixes, drawn, strict=True):
+            checks.require(fits, "sampler", want, [len(texts) for texts in found])
+            for prefix, texts in zip(prefixes, found, strict=True):
                 self._count(prefix, texts)
                 labels[prefix.at[0]][prefix.at[1]] = self._verdict(prefix)
             self.drawn += number * len(prefixes)
             prefixes = [each for each in prefixes if self._is_open(each)]
 
-    def _count(self, prefix: _Prefix, texts: Sequence[str]) -> None:
+    def _count(self, prefix: _Prefix, texts: Sequence[str | None]) -> None:
         solution = prefix.solution
         for text in texts:
-            found = self.outcome(solution.problem, solution.text + text)
+            found = None if text is None else self.outcome(solution.problem, solution.text + text)
             label = check_label("outcome reward", found)
             prefix.right += label is True
             prefix.unknown += label is None
+            self.unknown += label is None
         prefix.drawn += len(texts)
 
     def _verdict(self, prefix: _Prefix) -> Label:
