@@ -16,6 +16,7 @@ from stepkto_kernels.training import label_rollouts
 from stepkto_kernels.training.label import NAMES, Labeller, count_labels, label_into
 from stepkto_kernels.training.records import RowWriter, read_problems, read_samples
 from stepkto_kernels.training.rewards.base import AFTER_ERROR, OutcomeReward, ProcessReward
+from stepkto_kernels.training.rewards.rollouts import MonteCarlo
 from stepkto_kernels.training.steps import STYLES
 
 DESCRIPTION = "Cut sampled solutions into steps and label answers and steps."
@@ -297,7 +298,7 @@ def summary(
         lines.append(f"math-verify: {outcome.undecided} comparisons passed a limit")
     if process is not None and hasattr(process, "missing"):
         lines.append(f"process reward model: {process.missing} steps without a score")
-    if process is not None and hasattr(process, "drawn"):
+    if isinstance(process, MonteCarlo):
         lines.append(f"rollouts: {process.drawn} drawn, {process.unknown} without an outcome")
     counts: Counter[str] | None = getattr(process, "counts", None)
     if counts is not None:

@@ -86,19 +86,14 @@ def make_reward(
 
 
 def make_model_sampler(options: Mapping[str, Any]) -> Sampler:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from stepkto_kernels.training.models import load_for_sampling
     from stepkto_kernels.training.rewards.continuations import ModelContinuations
-    from stepkto_kernels.training.rewards.prm import DTYPES
 
     name = options["rollout_model"]
-    checks.choice("rollout_dtype", options["rollout_dtype"], tuple(DTYPES))
-    dtype = DTYPES[options["rollout_dtype"]]
-    model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    checks.require(not missing, f"model {name}", "all weights of it", f"none for {missing[:4]}")
     return ModelContinuations(
-        model.to(options["rollout_device"]),
+        load_for_sampling(name, options["rollout_device"], options["rollout_dtype"]),
         AutoTokenizer.from_pretrained(name),
         temperature=options["rollout_temperature"],
         max_new_tokens=options["rollout_max_new_tokens"],

@@ -55,7 +55,7 @@ def load_for_sampling(model: str, device: str = "auto", dtype: str = "auto") -> 
         device: auto takes a GPU where there is one.
         dtype: name of a torch dtype; auto takes the one it was saved in.
     Raises:
-        ValueError: no such dtype.
+        ValueError: no such dtype, or weights that the folder does not have.
         OSError: no such model.
     """
     if device == "auto":
@@ -63,7 +63,10 @@ def load_for_sampling(model: str, device: str = "auto", dtype: str = "auto") -> 
     wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
     is_dtype = wanted == "auto" or isinstance(wanted, torch.dtype)
     checks.require(is_dtype, "dtype", "auto or a torch dtype", repr(dtype))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    loaded, info = load(model, dtype=wanted, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    checks.require(not missing, f"model {model}", "all weights of it", f"none for {missing[:4]}")
     return loaded.to(device).eval()
 
 
