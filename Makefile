@@ -6,13 +6,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test results bench reproduce gpu sanitize-gpu setup clean
+.PHONY: demo test fuzz results bench reproduce gpu sanitize-gpu setup clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output out/demo $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# The property tests with 5,000 random cases each instead of a few; CASES=N for another number.
+CASES ?= 5000
+fuzz: $(READY)
+	STEPKTO_FUZZ=$(CASES) $(BIN)/python -m pytest tests/test_properties.py --hypothesis-show-statistics $(ARGS)
 
 # Every figure of README.md, measured again. Run both on an idle machine. Peers take part in the
 # second, which takes hours, where they are installed: pip install '.[peers]'.

@@ -158,7 +158,9 @@ def _kto(
     number = lambda value: r.new_full((), value)  # a bare number takes the default dtype
     sign = torch.where(label > 0, number(1.0), number(-1.0))
     lam = torch.where(label > 0, number(desirable), number(undesirable))
-    return torch.where(label >= 0, lam * torch.sigmoid(-sign * beta * (r - z)), 0.0)
+    # not torch.sigmoid: its gradient y * (1 - y) is 0 where y rounds to 1
+    value = F.logsigmoid(-sign * beta * (r - z)).exp()
+    return torch.where(label >= 0, lam * value, 0.0)
 
 
 def step_kto_loss(

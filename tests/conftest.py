@@ -403,6 +403,7 @@ def _assert_within_bound(
     magnitude: float = 0.0,
     scale: Tensor | None = None,
     unit: float = FP32.eps,
+    whole: bool = True,
     name: str = "result",
 ) -> None:
     """error of ours <= 2 * error of eager + floor, both against fp64.
@@ -412,7 +413,7 @@ def _assert_within_bound(
     it, and 1 fp32 ulp of `magnitude`, the largest number on the way: an eager result that is exact
     by luck must not ask the same of ours.
     With `scale` (see rounding_scale) also for every single element, with a floor of 1 ulp of itself
-    and `unit` of its scale.
+    and `unit` of its scale. Not `whole`: only that, as the largest of a few errors is luck.
     """
     ours, eager, exact = (x.detach().cpu() for x in (ours, eager, exact))
     assert exact.dtype == torch.float64
@@ -431,7 +432,8 @@ def _assert_within_bound(
     allowed = 2 * (eager.double() - exact)[finite].abs()
     floor = ulp * size.max() + FP32.eps * (4 * size.max() + magnitude) + smallest
     bound = allowed.max() + floor
-    assert error.max() <= bound, f"{name}: error {error.max():.3g} > bound {bound:.3g}"
+    if whole or scale is None:
+        assert error.max() <= bound, f"{name}: error {error.max():.3g} > bound {bound:.3g}"
     if scale is not None:
         bounds = allowed + ulp * size + unit * scale.cpu()[finite] + smallest
         worst = (error / bounds).max()
@@ -449,6 +451,7 @@ def assert_head_within_bound(rounding_scale) -> Callable[..., None]:
 
     precision: dtype of the eager computation, the problem's where None.
     unit: relative rounding of dlogits on the way to the gradients.
+    whole: see _assert_within_bound.
     """
 
     def check(
@@ -458,6 +461,7 @@ def assert_head_within_bound(rounding_scale) -> Callable[..., None]:
         *,
         precision: torch.dtype | None = None,
         unit: float = FP32.eps,
+        whole: bool = True,
     ) -> None:
         eager_problem = problem if precision is None else problem.to(precision)
         eager = _evaluate(reference.linear_logprobs, eager_problem, needs)
@@ -475,6 +479,7 @@ def assert_head_within_bound(rounding_scale) -> Callable[..., None]:
                 magnitude=scale["largest logit"].item() if of_logps else 0.0,
                 scale=scale[name],
                 unit=FP32.eps if of_logps else unit,
+                whole=whole,
                 name=name,
             )
 

@@ -328,6 +328,11 @@ def test_sigmoid_never_cancels(auto_is, u, label):
     assert loss.item() == pytest.approx(2 * sigmoid(-u), rel=torch.finfo(torch.float32).eps, abs=0)
     slope = -2 * sign * beta * sigmoid(u) * sigmoid(-u)
     assert gradient.item() == pytest.approx(slope, rel=torch.finfo(torch.float32).eps, abs=0)
+    for dtype, digits in ((torch.float32, 1e-5), (torch.float64, 1e-12)):  # the specification too
+        zero = torch.zeros(1, dtype=dtype)
+        args = (logps.to(dtype), zero, segments, None, config)
+        _, gradient = value_and_gradient(reference.step_kto_loss, *args)
+        assert gradient.item() == pytest.approx(slope, rel=digits, abs=0)
 
 
 # ---- micro-batches, ranks, and the normalizer -------------------------------------------------
