@@ -3,6 +3,7 @@
 benchmarks/compile_report.py does the work in a process of its own: here Triton interprets.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-REPORT = Path(__file__).resolve().parents[1] / "benchmarks" / "compile_report.py"
+ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "benchmarks" / "compile_report.py"
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -57,3 +59,16 @@ def test_bf16_runs_on_the_tensor_cores(reports, sm, instruction):
     for report in gemms:
         assert instruction in report["opcodes"], report
         assert ("UTMALDG" in report["opcodes"]) == ("descriptors" in report["config"]), report
+
+
+def test_the_result_has_every_mixture_of_these_kernels():
+    """Thousands take half an hour: benchmarks/compile_report.py --all, kept in a file."""
+    kernels = ROOT / "stepkto_kernels/kernels"
+    names = ("gemm_epilogue.py", "rows.py", "tiles.py")
+    text = b"".join((kernels / name).read_bytes() for name in names)
+    found = json.loads((ROOT / "benchmarks/results/compile.json").read_text())["all"]
+    assert found["sources"] == hashlib.sha256(text).hexdigest(), "run compile_report.py --all"
+    assert found["compiled"] == found["mixtures"] > 3000
+    for group in found["most"]:
+        assert group["with_problems"] == 0 and group["stack_bytes"] == 0, group
+    assert sum(group["compiled"] for group in found["most"]) == found["compiled"]
