@@ -177,11 +177,31 @@ def test_loss_and_gradient_of_fp32(assert_within_bound, auto_is, segments, confi
             (reference.step_kto_loss, logps.double(), ref_logps.double()),
         )
     ]
-    for name, ours, eager, exact in zip(("loss", "dlogps"), *results, strict=True):
-        assert ours.dtype == torch.float32
-        # u is known to an ulp of beta * sum |ratio|, and a slope to as many of its own
-        ulps = 4 + 2 * (logps - ref_logps).abs().sum().double()
-        assert_within_bound(ours, eager, exact, scale=exact.abs() * ulps, name=name)
+    # what rounds is each level's part, and the parts of a right outcome and a wrong step cancel
+    only_outcomes = replace(config, step_weight=0.0)
+    only_steps = replace(config, desirable_weight=0.0, undesirable_weight=0.0)
+    parts = [
+        value_and_gradient(
+            reference.step_kto_loss,
+            logps.double(),
+            ref_logps.double(),
+            segments,
+            baseline,
+            of_level,
+            upstream=1.3,
+        )
+        for of_level in (only_outcomes, only_steps)
+    ]
+    sizes = [sum(part.abs() for part in level) for level in zip(*parts, strict=True)]
+    torch.testing.assert_close(
+        sum(part[1] for part in parts), results[2][1], rtol=1e-12, atol=1e-15
+    )
+    # u is known to an ulp of beta * sum |ratio|, and a slope to as many of its own
+    ulps = 4 + 2 * (logps - ref_logps).abs().sum().double()
+    for name, size, *of_all in zip(("loss", "dlogps"), sizes, *results, strict=True):
+        assert of_all[0].dtype == torch.float32
+        largest = max(size.flatten().tolist(), default=0.0)
+        assert_within_bound(*of_all, magnitude=largest, scale=size * ulps, name=name)
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (2, 3, 6), (1, 36)], ids=str)
