@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 
 from stepkto_kernels.cli import main  # noqa: E402
-from stepkto_kernels.training import iterate, launch, run_folder  # noqa: E402
+from stepkto_kernels.training import checkpoints, iterate, launch, run_folder  # noqa: E402
 from stepkto_kernels.training.arguments import StepKTOArguments  # noqa: E402
 from stepkto_kernels.training.completion_trainer import CompletionTrainer  # noqa: E402
 from stepkto_kernels.training.iterate import balanced_weights  # noqa: E402
@@ -295,13 +295,13 @@ def test_killed_for_real_it_takes_its_training_with_it(inputs, tmp_path, monkeyp
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     part = run / "round_1" / "model.part"
     try:
-        wait_for(lambda: launch.newest_checkpoint(part) is not None)
+        wait_for(lambda: checkpoints.newest(part) is not None)
         assert main(words(inputs, run, "kto", *more)) == 2  # two at a time would be one too many
     finally:
         process.kill()
         process.wait()
     wait_for(lambda: not trains(run))
-    assert launch.newest_checkpoint(part) is not None
+    assert checkpoints.newest(part) is not None
 
 
 def wait_for(what, seconds=60):

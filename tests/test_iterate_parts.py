@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("yaml")
 
 from stepkto_kernels.cli import main  # noqa: E402
-from stepkto_kernels.training import launch, sampler  # noqa: E402
+from stepkto_kernels.training import checkpoints, launch, sampler  # noqa: E402
 from stepkto_kernels.training.iterate import Run, balanced_weights  # noqa: E402
 from stepkto_kernels.training.iterate_config import (  # noqa: E402
     EvaluateConfig,
@@ -53,13 +53,20 @@ def made(inputs, tmp_path):
     return run, ["iterate", "--config", str(config), "--output", str(run)]
 
 
-def test_training_goes_on_from_the_newest_whole_checkpoint(tmp_path):
-    assert launch.newest_checkpoint(tmp_path) is None
-    for step, content in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"gl')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
-    (tmp_path / "checkpoint-12").mkdir()
-    assert launch.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+def test_training_goes_on_from_the_newest_whole_checkpoint(inputs, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(launch, "run", begun.append)
+    for step in (9, 10, 11, 12):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"all of them")
+        if step != 12:
+            checkpoints.seal(folder, {})
+        (folder / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"gl')
+    with pytest.warns(UserWarning, match="checkpoint-1[12]: passed by, as"):
+        launch.train({"output": str(tmp_path)}, tmp_path / "training.yaml")
+    assert begun[0][-2:] == ["--resume", str(tmp_path / "checkpoint-10")]
 
 
 @pytest.mark.parametrize(

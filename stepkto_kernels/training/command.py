@@ -50,7 +50,10 @@ OWN: dict[
         "nargs": "+",
         "help": "modules with an adapter, default: all linear ones but lm_head",
     },
-    "resume": {"help": "a checkpoint folder, or `last` for the newest in --output"},
+    "resume": {
+        "help": "a checkpoint folder, `last` for the newest whole one in --output, or `auto` for "
+        "`last` where there is one"
+    },
 }
 COMMON = {  # options of StepKTOArguments that --help shows
     "learning_rate": "of AdamW, default 1e-6",
@@ -223,6 +226,7 @@ def as_words(name: str, value: Any) -> list[str]:
 def train(own: Options, arguments: StepKTOArguments) -> None:
     from transformers import PrinterCallback, ProgressCallback
 
+    from stepkto_kernels.training import checkpoints
     from stepkto_kernels.training.completion_trainer import CompletionTrainer
     from stepkto_kernels.training.progress import progress
     from stepkto_kernels.training.trainer import StepKTOTrainer
@@ -242,6 +246,8 @@ def train(own: Options, arguments: StepKTOArguments) -> None:
         trainer.remove_callback(callback)
     trainer.add_callback(progress())
     resume = own.get("resume")
+    if resume == "auto":
+        resume = checkpoints.newest(Path(str(own["output"]))) and "last"
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
     trainer.save_model()
     trainer.save_state()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +70,16 @@ class StepKTODataset(Dataset[EncodedExample]):
             row = torch.tensor([len(example.input_ids), example.completion_start])
             digest.update(torch.cat([row, torch.tensor(example.input_ids)]).numpy().tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def content(self) -> str:
+        """SHA-256 of all that is learnt from: tokens, steps and labels."""
+        found = hashlib.sha256()
+        for each in self.examples:
+            sizes = [len(each.input_ids), each.completion_start, len(each.step_labels)]
+            labels = [each.outcome_label, *each.step_labels]
+            found.update(array("q", [*sizes, *each.input_ids, *each.step_ids, *labels]).tobytes())
+        return found.hexdigest()
 
 
 def encode_dataset(

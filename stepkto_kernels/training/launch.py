@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from stepkto_kernels.training import checkpoints
 
 TRAIN = ["-m", "stepkto_kernels.cli", "train"]
 
@@ -20,7 +21,7 @@ def train(
     num_processes: int = 1,
     accelerate_config: str | None = None,
 ) -> None:
-    """`stepkto train` with these options, from the newest complete checkpoint in its output.
+    """`stepkto train` with these options, from the newest whole checkpoint in its output.
 
     Args:
         options: of `stepkto train`, "output" among them.
@@ -35,7 +36,7 @@ def train(
 
     config.write_text(yaml.safe_dump(dict(options), sort_keys=False), encoding="utf-8")
     words = [*TRAIN, "--config", str(config)]
-    checkpoint = newest_checkpoint(Path(options["output"]))
+    checkpoint = checkpoints.newest(Path(options["output"]))
     if checkpoint is not None:
         words += ["--resume", str(checkpoint)]
     if accelerate_config is not None:
@@ -75,18 +76,6 @@ def end_with_parent() -> None:
 
         PR_SET_PDEATHSIG = 1  # prctl(2)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Of those whose last file, the trainer's state, is complete; None where there is none."""
-    found: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_bytes())
-            found[int(state["global_step"])] = path
-        except (OSError, ValueError, KeyError):
-            continue  # killed while it was written
-    return found[max(found)] if found else None
 
 
 def tidy(folder: Path) -> None:

@@ -155,7 +155,8 @@ class RowWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._cut_torn_line()
         self.rows = [row for _, row in read_rows(self.path)] if self.path.exists() else []
-        self._file = open(self.path, "ab")  # noqa: SIM115, closed by __exit__
+        # without a buffer: what a full disk did not take would be written with what comes next
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115, closed by __exit__
 
     def _cut_torn_line(self) -> None:
         if not self.path.exists():
@@ -177,10 +178,11 @@ class RowWriter:
             OSError: the disk is full; the file is then as it was before.
         """
         lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
-        before = self._file.tell()
+        left = memoryview(b"".join(lines))
+        before = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.writelines(lines)
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError:
             os.truncate(self.path, before)

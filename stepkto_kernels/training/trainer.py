@@ -24,7 +24,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -53,6 +52,7 @@ from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset
 from stepkto_kernels.training.models import add_adapter, disable_dropout, load_model
 from stepkto_kernels.training.reference_logps import sharded_batches
 from stepkto_kernels.training.reference_model import ReferenceModel
+from stepkto_kernels.training.resumable import ResumableTrainer
 
 STATE_FILE = "step_kto.pt"  # in a checkpoint: the running reference points
 GLOO_REST = 0.2  # seconds, see StepKTOTrainer.train
@@ -100,7 +100,7 @@ def collator(
     )
 
 
-class StepKTOTrainer(Trainer):
+class StepKTOTrainer(ResumableTrainer):
     """Train a causal language model on stepwise and outcome labels.
 
     Args:
@@ -207,7 +207,7 @@ class StepKTOTrainer(Trainer):
         return config.fixed_reference_point is None and config.reference_point == "mismatched"
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer.train; the policy as it is now is the reference, if there is no other."""
+        """As ResumableTrainer's; the policy as it is now is the reference, if there is no other."""
         self._prepare_reference()
         self._totals = dict.fromkeys(self._totals)
         output = super().train(*args, **kwargs)
