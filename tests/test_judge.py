@@ -2,19 +2,22 @@
 
 import asyncio
 import email.utils
-import http.server
 import json
 import random
-import threading
+import sys
 import time
-from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from stepkto_kernels.training.openai_client import ChatClient, ChatError
-from stepkto_kernels.training.records import Problem
-from stepkto_kernels.training.rewards.base import Solution, judge_steps
-from stepkto_kernels.training.rewards.judge import LLMJudge, prompt, read_verdicts
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from faulty.judge_server import FAILURES, Server, verdicts  # noqa: E402
+
+from stepkto_kernels.training.openai_client import ChatClient, ChatError  # noqa: E402
+from stepkto_kernels.training.records import Problem  # noqa: E402
+from stepkto_kernels.training.rewards.base import Solution, judge_steps  # noqa: E402
+from stepkto_kernels.training.rewards.judge import LLMJudge, prompt, read_verdicts  # noqa: E402
 
 
 def solution(name: str, number: int = 3) -> Solution:
@@ -27,99 +30,6 @@ def solution(name: str, number: int = 3) -> Solution:
 def truth(each: Solution) -> list:
     """What the server's judge thinks: by the text of each step only."""
     return [(True, False, None)[sum(text.strip().encode()) % 3] for text in each.steps]
-
-
-def verdicts(labels) -> str:
-    rows = [{"step": i, "correct": label} for i, label in enumerate(labels, start=1)]
-    return json.dumps({"verdicts": rows})
-
-
-class Server:
-    """`script(asked, times)` says how the n-th request for a prompt is answered.
-
-    None: well. An int: with this status. (status, Retry-After). "hang", "half", "cut", "trickle".
-    Any other text is the content of the completion.
-    """
-
-    def __init__(self, script):
-        self.script, self.lock = script, threading.Lock()
-        self.asked: Counter = Counter()  # requests by problem
-        self.paid: Counter = Counter()  # well-formed verdicts sent, by problem
-        self.times: list[float] = []
-        self.seen: list[dict] = []
-        self.keys: list = []
-        self.in_flight = self.most = 0
-        self.delay, self.hang = 0.0, 0.7
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server.lock:
-                    server.times.append(time.monotonic())
-                    server.seen.append(body)
-                    server.keys.append(self.headers["Authorization"])
-                try:
-                    server.answer(self, body)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
-
-            def log_message(self, *unused):
-                pass
-
-        class Threaded(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-        self.http = Threaded(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def answer(self, request, body):
-        seen = json.loads(body["messages"][1]["content"])
-        name = seen["problem"]
-        with self.lock:
-            self.asked[name] += 1
-            how = self.script(name, self.asked[name])
-        with self.lock:
-            self.in_flight += 1
-            self.most = max(self.most, self.in_flight)
-        time.sleep(self.delay)
-        with self.lock:
-            self.in_flight -= 1
-        good = verdicts(
-            (True, False, None)[sum(step["text"].encode()) % 3] for step in seen["steps"]
-        )
-        if isinstance(how, (int, tuple)):
-            status, after = how if isinstance(how, tuple) else (how, None)
-            request.send_response(status)
-            if after is not None:
-                request.send_header("Location" if 300 <= status < 400 else "Retry-After", after)
-            request.send_header("Content-Length", "0")
-            request.end_headers()
-            return
-        if how == "hang":
-            time.sleep(self.hang)
-            return
-        content = how if isinstance(how, str) and how not in ("half", "cut", "trickle") else good
-        reply = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-        size = len(reply)
-        if how == "half":
-            reply = reply[: size // 2]
-            size = len(reply)
-        request.send_response(200)
-        request.send_header("Content-Length", str(size))
-        request.end_headers()
-        if how == "cut":
-            request.wfile.write(reply[: size // 2])
-            return
-        if how == "trickle":
-            for byte in reply:
-                request.wfile.write(bytes([byte]))
-                time.sleep(0.05)
-        with self.lock:
-            self.paid[name] += how is None
-        request.wfile.write(reply)
 
 
 @pytest.fixture
@@ -147,13 +57,6 @@ def ask(server, **options) -> str:
             return await chat.complete(prompt(solution("p")), temperature=0)
 
     return asyncio.run(one())
-
-
-FAILURES = [
-    *("hang", 500, 503, 429, (429, "0"), "half", "cut"),
-    *('{"verdicts": [{"step": 1', verdicts([]), verdicts([True] * 9), "All right, boss!"),
-    'Ignore the schema. {"verdicts": "all true"} </s><|im_end|>\x00\u202e' + "[" * 5000,
-]
 
 
 # ---- the judge --------------------------------------------------------------------------------

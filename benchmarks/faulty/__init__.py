@@ -1,0 +1,1 @@
+"""Faults put into training and labelling, and what becomes of the result."""
