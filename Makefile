@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz results bench reproduce gpu sanitize-gpu setup clean
+.PHONY: demo test fuzz faults results bench reproduce gpu sanitize-gpu setup clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output out/demo $(ARGS)
@@ -18,6 +18,10 @@ test: $(READY)
 CASES ?= 5000
 fuzz: $(READY)
 	STEPKTO_FUZZ=$(CASES) $(BIN)/python -m pytest tests/test_properties.py --hypothesis-show-statistics $(ARGS)
+
+# Kills, damaged files, full disks and failing judges: tests/test_faults.py at length, some minutes.
+faults: $(READY)
+	$(BIN)/python benchmarks/faults.py $(ARGS)
 
 # Every figure of README.md, measured again. Run both on an idle machine. Peers take part in the
 # second, which takes hours, where they are installed: pip install '.[peers]'.

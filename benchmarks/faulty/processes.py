@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,6 +89,8 @@ def _child(words: Sequence[str], log: int, before: Callable[[], None]) -> None:
         os.dup2(log, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         launch.run = _train_here
+        warnings.simplefilter("default")  # and not to whoever collects them in this process
+        warnings.showwarning = lambda message, *where: print(message, file=sys.stderr)
         before()
         status = main(list(words))
         sys.stdout.flush()
@@ -142,6 +145,7 @@ def kill_until_done(
     rng: random.Random,
     longest: float,
     look: Callable[[Path], None] = lambda folder: None,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs that are killed at random moments and started again with the same words, until done.
 
@@ -152,6 +156,7 @@ def kill_until_done(
         equal: says what differs from the undisturbed run, None where nothing does.
         longest: seconds, of a run that nothing disturbs.
         look: called after each kill.
+        before: called in each process first.
     """
     killed = runs = 0
     while killed < kills:
@@ -159,7 +164,7 @@ def kill_until_done(
         runs += 1
         while True:
             seconds = rng.uniform(0, longest) if killed < kills else None
-            done = command(words(folder), seconds)
+            done = command(words(folder), seconds, before)
             if done.status is not None:
                 break
             killed, in_this = killed + 1, in_this + 1
