@@ -7,6 +7,7 @@ CUDA needs nvcc: in CUDA_HOME, CUDA_PATH or PATH. STEPKTO_CUDA=0 leaves it out, 
 it an error not to have it.
 """
 
+import glob
 import os
 import shutil
 import subprocess
@@ -19,11 +20,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ARCHITECTURES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
+HEADERS = sorted(glob.glob("csrc/*.h"))
 
 native = Pybind11Extension(
     "stepkto_kernels._native",
     ["csrc/bindings.cpp", "csrc/rows_cpu.cpp", "csrc/segments_cpu.cpp"],
-    depends=["csrc/kto_math.h", "csrc/rows_cpu.h", "csrc/segments_cpu.h"],
+    depends=HEADERS,
     cxx_std=17,
     # no contraction into fused multiply-add: every instruction set gives the same bits
     extra_compile_args=[
@@ -41,7 +43,7 @@ cuda_wanted = os.environ.get("STEPKTO_CUDA", "if there is nvcc")
 cuda = Extension(
     "stepkto_kernels._cuda",
     ["csrc/bindings_cuda.cpp", "csrc/step_kto_cuda.cu"],
-    depends=["csrc/kto_math.h", "csrc/segments_cpu.h", "csrc/step_kto_cuda.h"],
+    depends=HEADERS,
     optional=cuda_wanted != "1",
 )
 

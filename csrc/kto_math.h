@@ -50,8 +50,9 @@ KTO_INLINE float exp_fp32(float x) {
   std::memcpy(&bits, &shifted, sizeof bits);
   const int32_t power = bits - 0x4B400000;  // k
   const int32_t half = power >> 1;
-  const int32_t first_bits = (half + 127) << 23;
-  const int32_t second_bits = (power - half + 127) << 23;
+  // unsigned, as a NaN's k would shift bits out, which signed numbers leave undefined
+  const uint32_t first_bits = static_cast<uint32_t>(half + 127) << 23;
+  const uint32_t second_bits = static_cast<uint32_t>(power - half + 127) << 23;
   float first, second;
   std::memcpy(&first, &first_bits, sizeof first);
   std::memcpy(&second, &second_bits, sizeof second);

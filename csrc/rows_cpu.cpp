@@ -39,6 +39,12 @@ inline __attribute__((always_inline)) int load_strip(
   return padded;
 }
 
+// Column of the row's target in the tile, or one outside of [0, v). Any target: it wraps around.
+inline int64_t target_column(const Tile& tile, int64_t i) {
+  return static_cast<int64_t>(
+      static_cast<uint64_t>(tile.target[i]) - static_cast<uint64_t>(tile.v0));
+}
+
 inline __attribute__((always_inline)) float strip_max(const float* buf, int padded) {
   float lane[LANES];
   for (int l = 0; l < LANES; ++l) lane[l] = -FLT_MAX;
@@ -78,7 +84,7 @@ KTO_CLONES void fold_row(
     const Tile& tile, int64_t i, const FoldState& s, LogitOptions o, bool keep_exps) {
   float* x = tile.x + i * tile.stride;
   alignas(64) float buf[STRIP];
-  const int64_t column = tile.target[i] - tile.v0;
+  const int64_t column = target_column(tile, i);
   for (int64_t start = 0; start < tile.v; start += STRIP) {
     const int count = static_cast<int>(tile.v - start < STRIP ? tile.v - start : STRIP);
     const float* bias = tile.bias == nullptr ? nullptr : tile.bias + start;
@@ -144,7 +150,7 @@ KTO_CLONES void dlogits_row(const Tile& tile, int64_t i, const RowGradient& row,
   const float dlogp = row.dlogp == nullptr ? 1.0f : row.dlogp[i];
   const float dentropy = row.dentropy == nullptr ? 0.0f : row.dentropy[i];
   const float entropy = row.dentropy == nullptr ? 0.0f : row.entropy[i];
-  const int64_t column = tile.target[i] - tile.v0;
+  const int64_t column = target_column(tile, i);
   alignas(64) float buf[STRIP];
   for (int64_t start = 0; start < tile.v; start += STRIP) {
     const int count = static_cast<int>(tile.v - start < STRIP ? tile.v - start : STRIP);
@@ -190,7 +196,7 @@ void fold_frozen(
     fold_row(tile, i, state, options, keep_exps);
     rescale[i] = static_cast<float>(std::exp(before - static_cast<double>(state.top[i])));
     if (!keep_exps) frozen_row(tile, i, state.top[i], options);
-    const int64_t column = tile.target[i] - tile.v0;
+    const int64_t column = target_column(tile, i);
     if (column >= 0 && column < tile.v) tile.x[i * tile.stride + column] = 0.0f;
   }
 }

@@ -40,6 +40,8 @@ void segment_sums(
     const Segments& segments, const float* logps, const float* ref_logps, double clip_low,
     double clip_high, const LevelSums& outcome, const LevelSums& step);
 
+constexpr int64_t NUM_TOTALS = 23;  // len(metrics.TOTALS)
+
 // Loss and metric totals (metrics.TOTALS) of a batch, and d loss / d ratio[t] for the tokens of each
 // sequence (B,) and step (S,).
 void batch_loss(

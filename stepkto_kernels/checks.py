@@ -115,10 +115,10 @@ def ref_logps(value: Any, shape_: torch.Size, dtype: torch.dtype, device: torch.
 
 def targets(target: Tensor, scored: Tensor, V: int, ignore_index: int) -> None:
     """Scored targets lie in the vocabulary. Looked at on the CPU only, where it costs nothing."""
-    if target.device.type != "cpu":
+    if not values_are_free(target):
         return
-    wrong = scored & ((target < 0) | (target >= V))
+    wrong = (scored & ((target < 0) | (target >= V))).reshape(-1)
     if bool(wrong.any()):
         t = int(wrong.nonzero()[0, 0])
         want = f"a value in [0, V) = [0, {V}) or ignore_index = {ignore_index}"
-        require(False, f"target[{t}]", want, int(target[t]))
+        require(False, f"target[{t}]", want, int(target.reshape(-1)[t]))

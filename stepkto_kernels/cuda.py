@@ -1,8 +1,8 @@
 """The CUDA kernels of csrc/ for the segment level of the loss, under the names of segment_loss.py.
 
 Everything is queued on torch's current stream of the device and nothing waits for it: reference
-points, normalizers and the upstream gradient are read there. Tensors are passed as addresses, so
-shapes, dtypes and strides are asserted here.
+points, normalizers and the upstream gradient are read there. The extension checks shapes, dtypes,
+strides and devices itself (csrc/tensors.h): a ValueError.
 Letters: N tokens, n tokens to add, B sequences, S steps.
 """
 
@@ -46,7 +46,7 @@ def _queue(device: torch.device) -> Iterator[Any]:
     """Where to launch: the current stream of the device."""
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        yield _cuda.Queue(torch.cuda.current_device(), stream)
+        yield _cuda.Queue(torch.device("cuda", torch.cuda.current_device()), stream)
 
 
 def _workspace(device: torch.device, stream: int, words: int) -> Tensor:
@@ -60,46 +60,14 @@ def _workspace(device: torch.device, stream: int, words: int) -> Tensor:
     return held
 
 
-def _address(tensor: Tensor | None, dtype: torch.dtype, length: int | None, device: object) -> int:
-    """Address of a contiguous (length,) tensor on the device, 0-dim for None; 0 for no tensor."""
-    if tensor is None:
-        return 0
-    shape = () if length is None else (length,)
-    assert tensor.shape == shape and tensor.dtype == dtype, (tensor.shape, tensor.dtype, length)
-    assert tensor.is_contiguous() and tensor.device == device, (tensor.stride(), tensor.device)
-    return tensor.data_ptr()
+def _segments(index: SegmentIndex) -> Any:
+    return _cuda.Segments(*(part.contiguous() for part in index))
 
 
-def _segments(index: SegmentIndex) -> tuple[Any, tuple[Tensor, ...]]:
-    """The kernels' Segments, and the tensors it points into."""
-    tensors = tuple(x.contiguous() for x in index)
-    sizes = len(index.sequence_index), index.num_sequences, index.num_steps
-    dtypes = (torch.int32, torch.int32, torch.int8, torch.int8, torch.int32)
-    lengths = (sizes[0], sizes[0], sizes[1], sizes[2], sizes[2])
-    parts = zip(tensors, dtypes, lengths, strict=True)
-    return _cuda.Segments(*sizes, *(_address(*part, index.device) for part in parts)), tensors
-
-
-def _tokens(
-    index: SegmentIndex,
-    options: SegmentOptions,
-    logps: Tensor,
-    ref_logps: Tensor,
-    rows: Tensor | None,
-) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """The kernels' Tokens, and the tensors it points into."""
-    n = len(index.sequence_index) if rows is None else len(rows)
+def _tokens(options: SegmentOptions, logps: Tensor, ref_logps: Tensor, rows: Tensor | None) -> Any:
     rows = None if rows is None else rows.contiguous()
-    logps, ref_logps = logps.contiguous(), ref_logps.contiguous()
-    tokens = _cuda.Tokens(
-        n,
-        _address(rows, torch.int64, n, index.device),
-        _address(logps, torch.float32, n, index.device),
-        _address(ref_logps, torch.float32, n, index.device),
-        options.clip_low,
-        options.clip_high,
-    )
-    return tokens, (rows, logps, ref_logps)
+    clip = options.clip_low, options.clip_high
+    return _cuda.Tokens(rows, logps.contiguous(), ref_logps.contiguous(), *clip)
 
 
 def _loss(
@@ -120,9 +88,10 @@ def _loss(
         o.step_weight,
         int(o.step_reduction),
         bool(o.length_normalize),
-        *(_address(x, torch.float64, None, index.device) for x in (*baseline, *normalizer)),
+        *baseline,
+        *normalizer,
         matched,
-        *(x.data_ptr() for x in out),
+        *out,
     )
     return loss, out
 
@@ -145,12 +114,12 @@ def batch_loss(
     """
     B, S = index.num_sequences, index.num_steps
     with _queue(index.device) as queue:
-        segments, _held = _segments(index)
-        tokens, _tokens_held = _tokens(index, options, logps, ref_logps, None)
+        segments = _segments(index)
+        tokens = _tokens(options, logps, ref_logps, None)
         loss, out = _loss(index, options, baseline, normalizer, matched)
-        sums = torch.empty(3, B + S, dtype=torch.float64, device=index.device)
+        sums = torch.empty(3 * (B + S), dtype=torch.float64, device=index.device)
         workspace = _workspace(index.device, queue.stream, _cuda.workspace_words(B, S))
-        _cuda.forward(segments, tokens, loss, workspace.data_ptr(), sums.data_ptr(), queue)
+        _cuda.forward(segments, tokens, loss, workspace, sums, queue)
     return out
 
 
@@ -164,38 +133,34 @@ class SegmentBatch(segment_loss.SegmentBatch):
     def __init__(self, index: SegmentIndex, options: SegmentOptions):
         B, S = index.num_sequences, index.num_steps
         self.index, self.options = index, options
-        self._segments, self._held = _segments(index)
+        self._segments = _segments(index)
         words = _cuda.workspace_words(B, S)
         self._workspace = torch.zeros(words, dtype=torch.int64, device=index.device)
-        self._sums = torch.empty(3, B + S, dtype=torch.float64, device=index.device)
+        self._sums = torch.empty(3 * (B + S), dtype=torch.float64, device=index.device)
         self._sums_are_old = True
 
     def add(self, logps: Tensor, ref_logps: Tensor, rows: Tensor | None = None) -> None:
         """Add all tokens, or those at `rows` (n,) int64. logps, ref_logps: (n,) fp32, nats."""
         with _queue(self.index.device) as queue:
-            tokens, _held = _tokens(self.index, self.options, logps, ref_logps, rows)
-            _cuda.segment_sums(self._segments, tokens, self._workspace.data_ptr(), queue)
+            tokens = _tokens(self.options, logps, ref_logps, rows)
+            _cuda.segment_sums(self._segments, tokens, self._workspace, queue)
         self._sums_are_old = True
 
     def loss(self, baseline: tuple[Tensor, Tensor], normalizer: tuple[Tensor, Tensor]) -> BatchLoss:
         """Of all that was added; baseline and normalizer: 0-dim fp64 tensors, outcome and step."""
         with _queue(self.index.device) as queue:
             loss, out = _loss(self.index, self.options, baseline, normalizer, matched=False)
-            _cuda.batch_loss(
-                self._segments, loss, self._workspace.data_ptr(), self._sums.data_ptr(), queue
-            )
+            _cuda.batch_loss(self._segments, loss, self._workspace, self._sums, queue)
         self._sums_are_old = False
         return out
 
     def _level_sums(self, row: int) -> tuple[Tensor, Tensor]:
         if self._sums_are_old:
             with _queue(self.index.device) as queue:
-                _cuda.read_sums(
-                    self._segments, self._workspace.data_ptr(), self._sums.data_ptr(), queue
-                )
+                _cuda.read_sums(self._segments, self._workspace, self._sums, queue)
             self._sums_are_old = False
-        B = self.index.num_sequences
-        return self._sums[row, :B], self._sums[row, B:]
+        B, S = self.index.num_sequences, self.index.num_steps
+        return self._sums[row * (B + S) :].split((B, S, (2 - row) * (B + S)))[:2]
 
     @property
     def ratio(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -227,16 +192,14 @@ def token_slopes(
     g = torch.empty(logps.shape, dtype=torch.float32, device=index.device)
     upstream = scale.to(torch.float32) if isinstance(scale, Tensor) else None
     with _queue(index.device) as queue:
-        segments, _held = _segments(index)
-        tokens, _tokens_held = _tokens(index, options, logps, ref_logps, rows)
         _cuda.token_slopes(
-            segments,
-            tokens,
-            _address(outcome_slope, torch.float64, index.num_sequences, index.device),
-            _address(step_slope, torch.float64, index.num_steps, index.device),
-            _address(upstream, torch.float32, None, index.device),
+            _segments(index),
+            _tokens(options, logps, ref_logps, rows),
+            outcome_slope,
+            step_slope,
+            upstream,
             1.0 if isinstance(scale, Tensor) else scale,
-            g.data_ptr(),
+            g,
             queue,
         )
     return g

@@ -211,6 +211,8 @@ def _linear_logprobs_bwd(
     through_entropy = dentropy is not None
     if dlogp_dhidden.numel() and not through_entropy:
         dhidden = (dlogp[:, None] * dlogp_dhidden).to(hidden.dtype)
+        # a token without gradient may hold anything, NaN too, so its 0 is not a product
+        dhidden.masked_fill_(~pulled[:, None], 0.0)
         return dhidden, weight.new_empty(0), weight.new_empty(0)
     split = VocabParallel.unpack(vocab_parallel)
     needs = needs_hidden, needs_weight, needs_bias
@@ -414,7 +416,8 @@ def linear_logprobs(
         token alone: not on the batch, its order, the memory budget, or which gradients are needed.
     Raises:
         ValueError: a shape, dtype, device or option is not as above, a backend cannot serve the
-            call, or, on the CPU, a target is out of range (a GPU is not waited for).
+            call, or, on the CPU, a target is out of range. A GPU is not waited for: there the
+            log-prob of such a target is NaN.
     Error: at most 2x that of log_softmax of materialised logits in the same dtype, against fp64
         (tests/test_linear_logprobs.py).
     """

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stepkto_kernels import checks
 from stepkto_kernels.config import StepKTOConfig
 from stepkto_kernels.segments import StepSegments
 from stepkto_kernels.step_kto import KLBaseline, LossNormalizer
@@ -45,6 +46,7 @@ def token_logprobs(
     """log softmax(z)[target]. logits (..., V), target (...) int64 -> (...), 0 where ignored."""
     z = transform_logits(logits, temperature, logit_scale, softcap)
     scored = target != ignore_index
+    checks.targets(target, scored, z.shape[-1], ignore_index)
     logps = z.log_softmax(-1).gather(-1, torch.where(scored, target, 0)[..., None])[..., 0]
     return torch.where(scored, logps, 0.0)
 

@@ -90,7 +90,8 @@ class Fold:
         new = lambda *shape: torch.zeros(shape, dtype=torch.float32, device=device)
         self.top = new(n, chunks)
         self.logsum = new(n, chunks)
-        self.target_logit = new(n)
+        # NaN where the target is in no chunk: an ignored token, or one that is out of range
+        self.target_logit = new(n).fill_(torch.nan)
         self.vocabulary = vocabulary
         self.stats = stats
         self.options = options

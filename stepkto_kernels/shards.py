@@ -156,7 +156,7 @@ class VocabParallel:
     ) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
         """What rows.Fold.finish gives, of the whole vocabulary, from that of each rank's columns.
 
-        target_logit: (n,), 0 where the target is another rank's.
+        target_logit: (n,), NaN where the target is another rank's.
         """
         summed = tuple(name for name in stats if name != "is_top1")
         v = self.sizes[self.rank]
@@ -173,7 +173,9 @@ class VocabParallel:
         top, logsum, target_logit, *part = gathered.permute(1, 2, 0)  # (n, P) each
         fold = rows.Fold(len(top), len(self.sizes), self.V, stats, options, top.device)
         fold.top, fold.logsum = top.contiguous(), logsum.contiguous()
-        fold.target_logit = target_logit.sum(1)
+        missing = target_logit.isnan()
+        found = torch.where(missing, 0.0, target_logit).sum(1)
+        fold.target_logit = torch.where(missing.all(1), torch.nan, found)
         fold.partial = {name: x.contiguous() for name, x in zip(summed, part, strict=True)}
         return fold.finish()
 
@@ -181,9 +183,9 @@ class VocabParallel:
         self, n: int, stats: tuple[str, ...], device: torch.device
     ) -> tuple[Tensor, LogSumExp, dict[str, Tensor]]:
         """Target logit, log-sum-exp and statistics of an empty shard, for `merge`."""
-        zeros = lambda: torch.zeros(n, dtype=torch.float32, device=device)
-        none = LogSumExp(zeros() - torch.inf, zeros() - torch.inf)
-        return zeros(), none, {name: zeros() for name in stats}
+        full = lambda value: torch.full((n,), value, dtype=torch.float32, device=device)
+        none = LogSumExp(full(-torch.inf), full(-torch.inf))
+        return full(torch.nan), none, {name: full(0.0) for name in stats}
 
 
 def torch_chunks(V: int, ranks: int) -> tuple[int, ...]:

@@ -59,12 +59,14 @@ def _token_logprobs(
         fold.add(Tile(_unit_stride(logits), target.contiguous(), 0), slice(0, N), 0)
         logp, lse, _ = fold.finish()
         return torch.where(scored, logp, 0.0), lse.top, lse.logsum
-    column = torch.where(scored, target, 0)[:, None]
+    inside = (target >= 0) & (target < V)
+    column = torch.where(inside, target, 0)[:, None]
     logp, top, logsum = (target.new_empty(len(target), dtype=torch.float32) for _ in range(3))
     for rows in _row_slices(logits):
         z = _transformed(logits, rows, opts)
         top[rows], logsum[rows] = max_and_logsum(z)
         logp[rows] = LogSumExp(top[rows], logsum[rows]).log_prob(z.gather(1, column[rows])[:, 0])
+    logp = torch.where(inside, logp, torch.nan)  # what a GPU does not look at first
     return torch.where(scored, logp, 0.0), top, logsum
 
 
@@ -142,7 +144,7 @@ def token_logprobs(
         `logits`.
     Raises:
         ValueError: a shape, dtype, device or option is not as above; on the CPU also a target that
-            is out of range.
+            is out of range, whose log-prob is NaN on a GPU.
     """
     dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
     checks.tensor("logits", logits, dtypes=dtypes)

@@ -52,9 +52,12 @@ def fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Problems are tiny here, threads would only wait for each other. Undoes `set_num_threads`."""
+    """Problems are tiny here, threads would only wait for each other. Undoes `set_num_threads`.
+
+    STEPKTO_TEST_THREADS: more, for ThreadSanitizer.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("STEPKTO_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(before)
 

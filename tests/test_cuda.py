@@ -10,7 +10,9 @@ import functools
 import importlib.machinery
 import importlib.util
 import math
+import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -41,6 +43,7 @@ def host_build(tmp_path_factory):
     command += ["-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
     includes = folder, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]
     command += [f"-I{path}" for path in includes]
+    command += shlex.split(os.environ.get("STEPKTO_HOST_FLAGS", ""))  # benchmarks/sanitize.py
     target = folder / "_cuda.so"
     command += ["-x", "c++", CSRC / "step_kto_cuda.cu", CSRC / "bindings_cuda.cpp", "-o", target]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -60,7 +63,7 @@ def device(request, monkeypatch):
             pytest.skip(cuda.WHY_NOT)
         return torch.device("cuda", torch.cuda.current_device())
     host_build = request.getfixturevalue("host_build")
-    queue = lambda device: contextlib.nullcontext(host_build.Queue(0, 0))
+    queue = lambda device: contextlib.nullcontext(host_build.Queue(torch.device("cpu"), 0))
     monkeypatch.setattr(cuda, "_cuda", host_build)
     monkeypatch.setattr(cuda, "_queue", queue)
     monkeypatch.setattr(cuda, "_workspaces", {})
@@ -358,11 +361,54 @@ def test_index_past_the_end_is_nan(device, name):
 def test_launch_errors_are_raised(device):
     if device.type == "cuda":
         pytest.skip("needs a launch that fails")
-    queue = cuda._cuda.Queue(1, 0)  # the host build has device 0 only
-    segments, held = cuda._segments(SegmentIndex.of(random_segments(3, 1, 1)))
-    sums, workspace = torch.empty(3, 2), torch.zeros(100, dtype=torch.int64)
+    queue = cuda._cuda.Queue(torch.device("cpu"), 1)  # the host build has the default stream only
+    segments = cuda._segments(SegmentIndex.of(random_segments(3, 1, 1)))
+    sums, workspace = torch.empty(6, dtype=torch.float64), torch.zeros(100, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="stepkto read_sums: an error of the test"):
-        cuda._cuda.read_sums(segments, workspace.data_ptr(), sums.data_ptr(), queue)
+        cuda._cuda.read_sums(segments, workspace, sums, queue)
+
+
+def test_tensors_that_do_not_fit_are_refused(host_build):
+    """What would be read or written outside of a tensor, or on another device."""
+    segments = random_segments(4, 2, 3)
+    index = SegmentIndex.of(segments)
+    queue = host_build.Queue(torch.device("cpu"), 0)
+    wide = lambda *shape: torch.zeros(shape, dtype=torch.float64)
+    words = host_build.workspace_words(2, 3)
+    workspace = torch.zeros(words, dtype=torch.int64)
+
+    def tokens(n=4, rows=None):
+        return host_build.Tokens(rows, torch.zeros(n), torch.zeros(n), -9.0, 9.0)
+
+    def loss(B=2, S=3, totals=23, reduction=0):
+        level, numbers = (0.1, 1.0, 1.0), [wide() for _ in range(4)]
+        out = wide(), wide(totals), wide(B), wide(S)
+        return host_build.Loss(level, level, 1.0, reduction, False, *numbers, False, *out)
+
+    def run(index=index, tokens=tokens, loss=loss, workspace=workspace, sums=15, queue=queue):
+        held = host_build.Segments(*index)
+        host_build.forward(held, tokens(), loss(), workspace, wide(sums), queue)
+
+    run()
+    rows = lambda dtype: torch.arange(2, dtype=dtype)
+    for wrong, message in (
+        (
+            dict(index=index._replace(step_index=index.step_index[:3])),
+            r"step_index: want shape \(4",
+        ),
+        (dict(index=index._replace(step_label=index.step_label.int())), "step_label: want dtype"),
+        (dict(tokens=lambda: tokens(3)), "logps: want 4 rows, got 3"),
+        (dict(tokens=lambda: tokens(2, rows(torch.int32))), "rows: want dtype torch.int64"),
+        (dict(tokens=lambda: tokens(3, rows(torch.int64))), r"rows: want shape \(3"),
+        (dict(loss=lambda: loss(B=3)), "loss: want 5 rows, got 6"),
+        (dict(loss=lambda: loss(totals=22)), r"totals: want shape \(23"),
+        (dict(loss=lambda: loss(reduction=3)), r"step_reduction: want an int in \[0, 2\]"),
+        (dict(workspace=workspace[1:]), f"workspace: want {words} words or more"),
+        (dict(sums=14), r"sums: want shape \(15"),
+        (dict(queue=host_build.Queue(torch.device("cuda", 0), 0)), "want device cuda:0, got cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**wrong)
 
 
 def test_public_loss(device, config, baseline, monkeypatch):

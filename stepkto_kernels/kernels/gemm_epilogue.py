@@ -34,6 +34,7 @@ from stepkto_kernels.kernels.rows import (
     LOWEST,
     NEGLIGIBLE,
     Fold,
+    column_of,
     dlogits_of,
     gradient_arguments,
     option_arguments,
@@ -179,8 +180,7 @@ def _forward_kernel(
             HAS_SOFTCAP,
             HAS_TEMPERATURE,
         )
-        # as int32, like the columns: a 64-bit comparison for every element takes registers
-        target = tl.load(target_ptr + rows, mask=here, other=-1).to(tl.int32)
+        target = column_of(target_ptr, rows, here, 0, v)
         own = tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
         in_tile = (target >= c * BLOCK_N) & (target < tl.minimum((c + 1) * BLOCK_N, v))
         tl.store(target_logit_ptr + rows, own, mask=here & in_tile)
@@ -271,8 +271,7 @@ def _dlogits_kernel(
             HAS_SOFTCAP,
             HAS_TEMPERATURE,
         )
-        # as int32, like the columns: a 64-bit comparison for every element takes registers
-        column = (tl.load(target_ptr + rows, mask=here, other=-1) - v0).to(tl.int32)
+        column = column_of(target_ptr, rows, here, v0, v)
         d = dlogits_of(
             z,
             columns[None, :] == column[:, None],

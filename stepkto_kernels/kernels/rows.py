@@ -86,6 +86,17 @@ def transform(
 
 
 @triton.jit
+def column_of(target_ptr, rows, here, v0, v):
+    """Column of each row's target among v from v0 on, -1 where it is not there. int32.
+
+    As int32, like the columns: a 64-bit comparison for every element takes registers. Compared
+    before it is narrowed, or a target far outside would come back as another column.
+    """
+    column = tl.load(target_ptr + rows, mask=here, other=-1) - v0
+    return tl.where((column >= 0) & (column < v), column, -1).to(tl.int32)
+
+
+@triton.jit
 def cap_slope(z, softcap, temperature):
     """d cap / d (its argument) of a transformed logit; 0 where tanh rounded to 1.
 
@@ -185,7 +196,7 @@ def _fold_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     here = rows < n
-    column = (tl.load(target_ptr + rows, mask=here, other=-1) - v0).to(tl.int32)  # of the target
+    column = column_of(target_ptr, rows, here, v0, v)
     top = tl.full((BLOCK_ROWS,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     logit_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -228,8 +239,7 @@ def _fold_kernel(
         top = new_top
     tl.store(top_ptr + rows, top, mask=here)
     tl.store(sum_ptr + rows, total, mask=here)
-    in_tile = here & (column >= 0) & (column < v)
-    tl.store(target_logit_ptr + rows, target_logit, mask=in_tile)
+    tl.store(target_logit_ptr + rows, target_logit, mask=here & (column >= 0))
     if HAS_LOGIT_SUM:
         tl.store(logit_sum_ptr + rows, logit_sum, mask=here)
     if HAS_MOMENT:
@@ -313,7 +323,7 @@ def _dlogits_kernel(
         HAS_SOFTCAP,
         HAS_TEMPERATURE,
     )
-    column = (tl.load(target_ptr + rows, mask=here, other=-1) - v0).to(tl.int32)
+    column = column_of(target_ptr, rows, here, v0, v)
     d = dlogits_of(
         z,
         offs_v[None, :] == column[:, None],
@@ -459,8 +469,8 @@ class Fold:
         self.logit_sum = part("HAS_LOGIT_SUM")
         self.moment = part("HAS_MOMENT")
         self.square = part("HAS_SQUARE")
-        # 0 where the target is in no chunk: an ignored token, or one that is out of range
-        self.target_logit = new(n).zero_()
+        # NaN where the target is in no chunk: an ignored token, or one that is out of range
+        self.target_logit = new(n).fill_(torch.nan)
         self.running_top = new(n).fill_(torch.finfo(torch.float32).min)
 
     @property
