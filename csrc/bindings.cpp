@@ -208,10 +208,12 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of stepkto_kernels; call them through stepkto_kernels.native";
   TorchNames::get();
 
-  py::class_<Held<Tile>>(m, "Tile").def(py::init(&make_tile));
-  py::class_<Held<FoldState>>(m, "FoldState").def(py::init(&make_state));
-  py::class_<Held<RowGradient>>(m, "RowGradient").def(py::init(&make_row));
-  py::class_<LogitOptions>(m, "LogitOptions")
+  // module_local: _cuda has a Segments too, and tests load several builds
+  const auto local = py::module_local();
+  py::class_<Held<Tile>>(m, "Tile", local).def(py::init(&make_tile));
+  py::class_<Held<FoldState>>(m, "FoldState", local).def(py::init(&make_state));
+  py::class_<Held<RowGradient>>(m, "RowGradient", local).def(py::init(&make_row));
+  py::class_<LogitOptions>(m, "LogitOptions", local)
       .def(py::init([](float temperature, float logit_scale, float softcap) {
         return LogitOptions{temperature, logit_scale, softcap};
       }));
@@ -220,7 +222,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("finish", &run_finish);
   m.def("dlogits", &run_dlogits);
 
-  py::class_<Held<Segments>>(m, "Segments", py::module_local()).def(py::init([](
+  py::class_<Held<Segments>>(m, "Segments", local).def(py::init([](
       const py::object& sequence_index, const py::object& step_index,
       const py::object& outcome_label, const py::object& step_label,
       const py::object& step_sequence) {
@@ -230,8 +232,8 @@ PYBIND11_MODULE(_native, m) {
     check_values(segments.value);
     return segments;
   }));
-  py::class_<Held<LevelSums>>(m, "LevelSums").def(py::init(&make_sums));
-  py::class_<LossOptions>(m, "LossOptions").def(py::init(&make_loss_options));
+  py::class_<Held<LevelSums>>(m, "LevelSums", local).def(py::init(&make_sums));
+  py::class_<LossOptions>(m, "LossOptions", local).def(py::init(&make_loss_options));
   m.def("segment_sums", &run_segment_sums);
   m.def("batch_loss", &run_batch_loss);
   m.def("token_slopes", &run_token_slopes);

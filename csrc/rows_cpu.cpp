@@ -10,7 +10,8 @@
 #include <cfloat>
 #include <cmath>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(KTO_CLONES)  // empty, for one copy by the compiler's own options
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define KTO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define KTO_CLONES
