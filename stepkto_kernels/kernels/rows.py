@@ -55,7 +55,9 @@ def tanh_fp32(x):
     p = p * s + 1.33314422036e-1
     p = p * s - 3.33332819422e-1
     near = p * s * x + x
-    tail = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(a, 20.0)) + 1.0)
+    # a comparison, as tl.minimum of NaN and 20 is 20: the tanh of NaN would be 1
+    limited = tl.where(a > 20.0, 20.0, a)
+    tail = 1.0 - 2.0 / (tl.exp(2.0 * limited) + 1.0)
     return tl.where(a < 0.625, near, tl.where(x < 0.0, -tail, tail))
 
 
