@@ -22,7 +22,7 @@ import uuid
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -301,6 +301,7 @@ class EncodedExample:
         step_labels: the same for each of the K steps.
         ref_logps: log-prob of each completion token under the reference model, nats; None where
             they are not known.
+        row: number in the dataset it was taken from, for messages; not compared.
     Raises:
         ValueError: the fields do not fit together.
     """
@@ -311,6 +312,7 @@ class EncodedExample:
     outcome_label: int
     step_labels: list[int]
     ref_logps: list[float] | None = None
+    row: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         length, steps = len(self.input_ids), len(self.step_labels)

@@ -53,7 +53,7 @@ class StepKTODataset(Dataset[EncodedExample]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> EncodedExample:
-        example = self.examples[index]
+        example = replace(self.examples[index], row=index)
         if self.ref_logps is None:
             return example
         logps = self.ref_logps[self.starts[index] : self.starts[index + 1]]
