@@ -12,6 +12,7 @@ from stepkto_kernels.backend import BACKENDS
 from stepkto_kernels.config import StepKTOConfig
 
 LOSS_OPTIONS = tuple(f.name for f in fields(StepKTOConfig))
+NONFINITE = ("stop", "skip")
 
 
 @dataclass
@@ -37,6 +38,10 @@ class StepKTOArguments(TrainingArguments):
             a number it is then not needed again.
         ref_logps_cache: folder for those log-probs; None: output_dir. A file there is used if model
             weights, tokens and precision are the ones it was made with, and is not otherwise.
+        nonfinite: "stop" ends the run, before the weights are changed, when a loss, a log-prob or
+            a gradient is a NaN or an infinity. "skip" runs the step again without the rows whose
+            policy or reference log-probs, or whose mismatched pair, are not finite, as if they had
+            no labels; logs their number as `skipped`; and stops where that does not help.
         disable_dropout: switch off dropout in policy and reference.
         memory_budget: bytes for the logits that the loss holds at once; None: its default.
         gradient_bound: see fused_linear_step_kto_loss.
@@ -96,6 +101,10 @@ class StepKTOArguments(TrainingArguments):
     ref_logps_cache: str | None = field(
         default=None, metadata={"help": "folder for those log-probs; default: output_dir"}
     )
+    nonfinite: str = field(
+        default="stop",
+        metadata={"help": "rows with log-probs that are no finite numbers: stop, or skip them"},
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "no dropout in the models"})
     memory_budget: int | None = field(
         default=None, metadata={"help": "bytes for the logits that the loss holds at once"}
@@ -130,6 +139,7 @@ class StepKTOArguments(TrainingArguments):
         checks.memory_budget(self.memory_budget)
         checks.number("gradient_bound", self.gradient_bound, low=0)
         checks.choice("backend", self.backend, BACKENDS)
+        checks.choice("nonfinite", self.nonfinite, NONFINITE)
         columns = self.remove_unused_columns
         checks.require(not columns, "remove_unused_columns", "False", columns)
 

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from stepkto_kernels import checks
 from stepkto_kernels.linear_logprobs import linear_logprobs
+from stepkto_kernels.step_kto import KLTotals
 from stepkto_kernels.training import head_calls
 from stepkto_kernels.training.batch import IGNORED
-from stepkto_kernels.training.trainer import Batch, StepContext, StepKTOTrainer
+from stepkto_kernels.training.data import EncodedExample
+from stepkto_kernels.training.finite_trainer import Batch, StepContext
+from stepkto_kernels.training.trainer import StepKTOTrainer
 
 
 class CompletionTrainer(StepKTOTrainer):
@@ -35,10 +38,21 @@ class CompletionTrainer(StepKTOTrainer):
         checks.require(not has_one, "ref_model", "None: nothing is compared with it", "a model")
 
     @torch.no_grad()
-    def _step_context(self, model: nn.Module, batches: Sequence[Batch]) -> StepContext:
+    def _step_context(
+        self, model: nn.Module, batches: Sequence[Batch], pairs: KLTotals | None = None
+    ) -> StepContext:
         counts = [(batch["target"] != IGNORED).sum() for batch in batches]
         self._tokens = self._sum_over_ranks(torch.stack(counts).sum())
         return StepContext(None, None, len(batches))
+
+    def _pairs(self, batches: Sequence[Batch]) -> list[EncodedExample]:
+        return []
+
+    def _reference_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        return None
+
+    def _scored(self, batch: Batch) -> Tensor:
+        return batch["target"] != IGNORED
 
     def compute_loss(
         self,
@@ -64,7 +78,9 @@ class CompletionTrainer(StepKTOTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             inputs = self._prepare_inputs(inputs)
             total, _ = self._negative_log_probs(model, inputs)
-            return total / (inputs["target"] != IGNORED).sum(), None, None
+            loss = total / (inputs["target"] != IGNORED).sum()
+        self._saw(model, inputs, loss)
+        return loss, None, None
 
     def _negative_log_probs(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         """Of all completion tokens, summed, nats; and the model's auxiliary loss."""

@@ -15,6 +15,7 @@ SHOWN = (  # of the metrics: what says whether a run is healthy
     "step/rewards/margins",
     "saturated",
     "grad_norm",
+    "skipped",
     "learning_rate",
 )
 

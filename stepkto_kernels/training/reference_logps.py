@@ -66,7 +66,7 @@ def load(path: Path, key: str, tokens: int) -> Tensor | None:
     """The log-probs in a file, (tokens,) fp32; None where there is no file.
 
     Raises:
-        ValueError: the file is damaged or holds something else.
+        ValueError: the file is damaged, holds something else, or numbers that are not finite.
     """
     if not path.exists():
         return None
@@ -83,6 +83,12 @@ def load(path: Path, key: str, tokens: int) -> Tensor | None:
         raise ValueError(
             f"{path}: want {tokens} reference log-probs of this model and dataset, got "
             "others; delete it to compute them again"
+        )
+    bad = int((~logps.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{path}: want finite reference log-probs, got {bad} that are not; delete it to "
+            "compute them again"
         )
     return logps
 
@@ -114,7 +120,7 @@ def compute(
     """
     out = torch.zeros(dataset.completion_tokens)
     for indices, own in sharded_batches(dataset, batch_size, rank, world_size):
-        batch = collate([dataset.examples[i] for i in indices])
+        batch = collate([dataset[i] for i in indices])
         logps = log_probs(batch).cpu()
         if own:
             # both in the order of the examples, and of the tokens in them

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from stepkto_kernels import checks
 from stepkto_kernels.integrations.transformers import causal_lm, logit_options, route_head
-from stepkto_kernels.training import head_calls, reference_logps
+from stepkto_kernels.training import finite, head_calls, reference_logps
 from stepkto_kernels.training.arguments import StepKTOArguments
 from stepkto_kernels.training.batch import TrainerCollator
+from stepkto_kernels.training.data import EncodedExample
 from stepkto_kernels.training.dataset import StepKTODataset
+
+LogProbs = Callable[[list[EncodedExample]], Tensor]
 
 
 class ReferenceModel:
@@ -55,6 +58,8 @@ class ReferenceModel:
         """Freeze and place the model, and precompute log-probs where that is asked for; once.
 
         datasets: get their log-probs, those with them already keep them.
+        Raises:
+            FloatingPointError: a log-prob is not finite; on all ranks, and nothing of it is kept.
         """
         if self._ready:
             return
@@ -77,7 +82,9 @@ class ReferenceModel:
         if self.model is not None:
             self.model = self._placed(self.model)
         for name, key in todo.items():
-            datasets[name].ref_logps = self._precomputed(datasets[name], key, collate, to_device)
+            datasets[name].ref_logps = self._precomputed(
+                name, datasets[name], key, collate, to_device
+            )
         if self.is_adapter or not self.needed:
             self.model = None
         self._ready = True
@@ -98,6 +105,7 @@ class ReferenceModel:
 
     def _precomputed(
         self,
+        name: str,
         dataset: StepKTODataset,
         key: str,
         collate: TrainerCollator,
@@ -111,10 +119,23 @@ class ReferenceModel:
         if float(self.accelerator.reduce(have, "sum")) == args.world_size:
             assert found is not None
             return found
+
+        def of_examples(examples: list[EncodedExample]) -> Tensor:
+            return self._log_probs(self._source, to_device(collate(examples)))
+
+        def log_probs(batch: dict[str, Any]) -> Tensor:
+            logps = self._log_probs(self._source, to_device(batch))
+            # on all ranks or none, and before anything is kept
+            if self.accelerator.reduce(finite.not_finite(logps), "sum") > 0:
+                rows = self._bad_rows(batch["examples"], of_examples)
+                text = finite.rows_text(rows)
+                raise FloatingPointError(f"{name} dataset: not finite: {finite.REFERENCE}{text}")
+            return logps
+
         logps = reference_logps.compute(
             dataset,
             collate,
-            lambda batch: self._log_probs(self._source, to_device(batch)),
+            log_probs,
             args.eval_batch_size,
             args.process_index,
             args.world_size,
@@ -123,6 +144,19 @@ class ReferenceModel:
         if args.should_save:
             reference_logps.save(path, key, logps)
         return logps
+
+    def _bad_rows(self, examples: list[EncodedExample], log_probs: LogProbs) -> list[int | None]:
+        """Rows of all ranks' batches whose log-probs are not finite; by all ranks.
+
+        One example at a time: in a packed row what is not finite reaches the others.
+        """
+        rounds = finite.gather(len(examples), self.args.world_size)
+        rows = []
+        for turn in range(max(rounds)):
+            example = examples[min(turn, len(examples) - 1)]
+            if not bool(log_probs([example]).isfinite().all()):
+                rows.append(example.row)
+        return [row for own in finite.gather(rows, self.args.world_size) for row in own]
 
     def log_probs(self, policy: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Of the batch's targets, nats, in their shape, fp32: cached ones, or from the model.

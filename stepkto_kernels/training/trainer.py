@@ -9,12 +9,10 @@ see it.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,28 +46,15 @@ from stepkto_kernels.step_kto import (
 from stepkto_kernels.training import head_calls
 from stepkto_kernels.training.arguments import StepKTOArguments
 from stepkto_kernels.training.batch import TrainerCollator, mismatched_pairs, unlabelled
+from stepkto_kernels.training.data import EncodedExample
 from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset
+from stepkto_kernels.training.finite_trainer import Batch, FiniteTrainer, StepContext
 from stepkto_kernels.training.models import add_adapter, disable_dropout, load_model
 from stepkto_kernels.training.reference_logps import sharded_batches
 from stepkto_kernels.training.reference_model import ReferenceModel
-from stepkto_kernels.training.resumable import ResumableTrainer
 
 STATE_FILE = "step_kto.pt"  # in a checkpoint: the running reference points
 GLOO_REST = 0.2  # seconds, see StepKTOTrainer.train
-Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """What all micro-batches of an optimizer step, on all ranks, have in common.
-
-    baseline: reference points; None where the config fixes them, or takes them from a batch that is
-    the whole step. normalizer: divisors of the loss; None: the batch's own counts.
-    """
-
-    baseline: KLBaseline | None
-    normalizer: LossNormalizer | None
-    micro_batches: int = 1
 
 
 def encode(source: Any, tokenizer: PreTrainedTokenizerBase, args: StepKTOArguments) -> Any:
@@ -100,7 +85,7 @@ def collator(
     )
 
 
-class StepKTOTrainer(ResumableTrainer):
+class StepKTOTrainer(FiniteTrainer):
     """Train a causal language model on stepwise and outcome labels.
 
     Args:
@@ -210,6 +195,7 @@ class StepKTOTrainer(ResumableTrainer):
         """As ResumableTrainer's; the policy as it is now is the reference, if there is no other."""
         self._prepare_reference()
         self._totals = dict.fromkeys(self._totals)
+        self._skipped = 0
         output = super().train(*args, **kwargs)
         if self.args.world_size > 1 and torch.distributed.get_backend() == "gloo":
             # The last collective was a gather. Gloo's thread needs the interpreter once more, to
@@ -253,27 +239,42 @@ class StepKTOTrainer(ResumableTrainer):
         """The micro-batches of an optimizer step; works out what they have in common."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
-            self._context = self._step_context(self.model_wrapped, batches)
+            self._begin_step(batches)
         return batches, items
 
     @torch.no_grad()
-    def _step_context(self, model: nn.Module, batches: Sequence[Batch]) -> StepContext:
+    def _step_context(
+        self, model: nn.Module, batches: Sequence[Batch], pairs: KLTotals | None = None
+    ) -> StepContext:
+        """pairs: of this rank's mismatched pairs, where they are known."""
         config = self.loss_fn.config
         self._observe_last_step()
         found: list[Any] = [loss_normalizer(batch["segments"], config) for batch in batches]
         counts = [torch.stack(tuple(normalizer)) for normalizer in found]
         normalizer = LossNormalizer(*self._sum_over_ranks(torch.stack(counts).sum(0)))
         baseline = None
+        observed = False
         if self._is_mismatched:
-            pairs = self._mismatched_pairs(batches)
-            baseline = self._baseline(model, pairs) if pairs else self._running_baseline()
-            if pairs:
-                self.loss_fn.observe_baseline(baseline)
+            scored = None if pairs is not None else self._mismatched_pairs(batches)
+            observed = pairs is not None or bool(scored)
+            if pairs is not None:
+                baseline = KLTotals(self._sum_over_ranks(pairs.totals)).baseline()
+            else:
+                baseline = self._baseline(model, scored) if scored else self._running_baseline()
         elif config.reference_point == "matched" and (len(batches) > 1 or self.args.world_size > 1):
             baseline = self._baseline(model, batches)
         elif config.reference_point == "ema":
             baseline = self.loss_fn.running_baseline()
-        return StepContext(baseline, normalizer, len(batches))
+        return StepContext(baseline, normalizer, len(batches), observed)
+
+    def _step_is_finite(self) -> None:
+        baseline = self._context.baseline
+        if self._context.observed and baseline is not None:
+            self.loss_fn.observe_baseline(baseline)
+
+    def _pairs(self, batches: Sequence[Batch]) -> list[EncodedExample]:
+        pieces = self._mismatched_pairs(batches) if self._is_mismatched else []
+        return [pair for piece in pieces for pair in piece["examples"]]
 
     def _mismatched_pairs(self, batches: Sequence[Batch]) -> list[Batch]:
         """KTO's pairs: in one ring through all micro-batches of all ranks."""
@@ -292,15 +293,23 @@ class StepKTOTrainer(ResumableTrainer):
         """Mean log-ratios of batches on all ranks, of sequences and of steps, at least 0."""
         parts = [self._kl_totals(model, batch) for batch in batches]
         totals = sum(parts[1:], parts[0]).totals
+        self._watch(totals)  # a mean of -inf would be the reference point 0
         return KLTotals(self._sum_over_ranks(totals)).baseline()
 
     def _kl_totals(self, model: nn.Module, batch: Batch) -> KLTotals:
         ref_logps = self.reference.log_probs(model, batch)
         logps = head_calls.token_logps(model, batch, self._logit_options)
+        return self._pair_totals(logps, ref_logps, batch["segments"])
+
+    def _reference_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        return self.reference.log_probs(model, batch)
+
+    def _pair_totals(self, logps: Tensor, ref: Tensor | None, segments: Any) -> KLTotals:
+        assert ref is not None
         return kl_totals(
             logps,
-            ref_logps,
-            batch["segments"],
+            ref,
+            segments,
             config=self.loss_fn.config,
             labelled_only=self.loss_fn.config.reference_point == "matched",
         )
@@ -340,14 +349,16 @@ class StepKTOTrainer(ResumableTrainer):
     ) -> Any:
         """A micro-batch's share of the step's loss, which the ranks' mean of gradients turns into
         the gradient of the whole step."""
-        loss, metrics = self._loss(model, inputs, self._context)
+        loss, metrics, bad = self._loss(model, inputs, self._context)
+        self._watch(bad)
         for kind in ("train", "step"):
             self._add_metrics(kind, metrics)
         return (loss, metrics) if return_outputs else loss
 
     def _loss(
         self, model: nn.Module, batch: Batch, context: StepContext
-    ) -> tuple[Tensor, StepKTOMetrics]:
+    ) -> tuple[Tensor, StepKTOMetrics, Tensor]:
+        """Loss, metrics, and () what tells by not being finite that something else is not."""
         ref_logps = self.reference.log_probs(model, batch)
 
         def head_fn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -369,7 +380,9 @@ class StepKTOTrainer(ResumableTrainer):
             loss = loss * self.args.world_size
         if output.aux_loss is not None:
             loss = loss + output.aux_loss / context.micro_batches
-        return loss, metrics
+        # log-probs are summed in the metrics; an infinity that is clipped is in no sum
+        scored_ref = ref_logps.masked_fill(~self._scored(batch), 0.0).sum(dtype=torch.float64)
+        return loss, metrics, loss.detach() + metrics.totals.sum() + scored_ref
 
     def _add_metrics(self, kind: str, metrics: StepKTOMetrics) -> None:
         before = self._totals[kind]
@@ -393,15 +406,9 @@ class StepKTOTrainer(ResumableTrainer):
             metrics = self._take_metrics("train")
             metrics.pop("loss", None)
             logs.update(metrics)
+            logs.update(self._take_skipped())
         self._check_finite(logs)
         super().log(logs, start_time)
-
-    def _check_finite(self, logs: dict[str, float]) -> None:
-        watched = ["loss", "train_loss"] if self.args.fp16 else ["loss", "train_loss", "grad_norm"]
-        for name in watched:
-            if not math.isfinite(logs.get(name, 0.0)):
-                step = self.state.global_step
-                raise FloatingPointError(f"step {step}: {name} is {logs[name]}; see {logs}")
 
     def prediction_step(
         self,
@@ -415,9 +422,15 @@ class StepKTOTrainer(ResumableTrainer):
             if self._eval_context is None:
                 self._eval_context = self._evaluation_context(model)
             inputs = self._prepare_inputs(self._without_repeated(inputs))
-            loss, metrics = self._loss(model, inputs, self._eval_context)
+            loss, metrics, bad = self._loss(model, inputs, self._eval_context)
         self._add_metrics("eval", metrics)
+        self._saw(model, inputs, bad)
         return loss.detach(), None, None
+
+    def _evaluation_pairs(self, dataset: StepKTODataset) -> list[EncodedExample]:
+        if not self._is_mismatched:
+            return []
+        return mismatched_pairs(dataset.examples, max_length=self.args.max_length)
 
     def _evaluation_context(self, model: nn.Module) -> StepContext:
         """One pair of reference points for all batches of a dataset."""
@@ -426,7 +439,7 @@ class StepKTOTrainer(ResumableTrainer):
         if self._is_mismatched or kind == "ema":
             baseline = self.loss_fn.running_baseline()
         if self._is_mismatched and dataset is not None:
-            pairs = mismatched_pairs(dataset.examples, max_length=self.args.max_length)
+            pairs = self._evaluation_pairs(dataset)
             dataset = StepKTODataset(pairs) if pairs else None
         if dataset is not None and (self._is_mismatched or kind == "matched"):
             baseline = self._dataset_baseline(model, dataset)
@@ -442,6 +455,7 @@ class StepKTOTrainer(ResumableTrainer):
             batch = self._to_device(self.collate([dataset[i] for i in indices]))
             found = self._kl_totals(model, batch)  # by all ranks, as models may be sharded
             totals = totals + found if own else totals
+        self._saw_points(totals.totals)
         return KLTotals(self._sum_over_ranks(totals.totals)).baseline()
 
     def _without_repeated(self, inputs: Batch) -> Batch:
@@ -467,9 +481,11 @@ class StepKTOTrainer(ResumableTrainer):
         self._observe_last_step()
         self._totals["eval"] = self._eval_context = None
         self._evaluated = dataloader.dataset
+        self._begin_evaluation()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
+        self._check_evaluation(self._evaluated)
         found = self._take_metrics("eval")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
