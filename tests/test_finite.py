@@ -19,7 +19,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from stepkto_kernels.training import StepKTOArguments, StepKTOTrainer, reference_logps  # noqa: E402
+from stepkto_kernels.training import (  # noqa: E402
+    StepKTOArguments,
+    StepKTOTrainer,
+    command,
+    reference_logps,
+)
 from stepkto_kernels.training.batch import TrainerCollator, mismatched_pairs  # noqa: E402
 from stepkto_kernels.training.completion_trainer import CompletionTrainer  # noqa: E402
 from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset  # noqa: E402
@@ -558,6 +563,32 @@ def test_fp16_skips_too(make, policy, rows):
 def test_the_option_has_two_values():
     with pytest.raises(ValueError, match="^nonfinite: want one of 'stop', 'skip', got 'average'"):
         StepKTOArguments("out", nonfinite="average", use_cpu=True)
+
+
+def test_the_option_of_the_command_line(tmp_path):
+    own = {"output": str(tmp_path)}
+    parsed = [command.parse(own, {"use_cpu": True} | more) for more in ({}, {"nonfinite": "skip"})]
+    assert [args.nonfinite for args in parsed] == ["stop", "skip"]
+
+
+def test_skipping_does_not_hide_a_gradient(make, policy, rows):
+    """A row is left out, and what is left still has a bad gradient."""
+    model = policy()
+    trainer = make(model, rows(8), nonfinite="skip")
+    poison(model, tokens(trainer, BAD))
+    model.get_parameter("model.norm.weight").register_hook(lambda grad: grad * math.inf)
+    told = "row 3 .*; without these rows not finite: gradient of model.norm.weight$"
+    with pytest.raises(FloatingPointError, match=f"^step 1: not finite: hidden states: {told}"):
+        trainer.train()
+
+
+def test_gradients_too_large_for_their_norm(make, policy, rows):
+    model = policy()
+    trainer = make(model, rows(8))
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: torch.full_like(grad, 7e17))
+    with pytest.raises(FloatingPointError, match="^step 1: not finite: gradient of all parameters"):
+        trainer.train()
 
 
 def test_examples_know_their_rows(rows, tokenizer):

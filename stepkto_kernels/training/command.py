@@ -72,6 +72,7 @@ COMMON = {  # options of StepKTOArguments that --help shows
     "undesirable_weight": "weight of wrong answers, default 1",
     "reference_point": "KL reference point: mismatched (default), zero, matched, ema, or nats",
     "precompute_ref_log_probs": "run the reference model once, before training",
+    "nonfinite": "rows whose log-probs are no finite numbers: stop (default), or skip them",
     "memory_budget": "bytes for the logits that the loss holds at once",
     "logging_steps": "optimizer steps a line of metrics, default 10 here",
     "save_steps": "optimizer steps a checkpoint, default 500",

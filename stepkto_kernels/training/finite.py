@@ -49,7 +49,10 @@ def bad_gradients(model: nn.Module) -> list[str]:
     """Names of parameters whose gradient, or the norm of it, is not finite."""
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     norms = [(name, torch.linalg.vector_norm(local(grad))) for name, grad in named]
-    return [name for name, norm in norms if not bool(norm.isfinite())]
+    found = [name for name, norm in norms if not bool(norm.isfinite())]
+    total = gradient_norm(model)
+    overflow = not found and total is not None and not bool(total.isfinite())
+    return ["all parameters together"] if overflow else found
 
 
 def bad_parameters(model: nn.Module) -> list[str]:

@@ -146,12 +146,17 @@ class FiniteTrainer(ResumableTrainer):
         assert self._bad is not None
         return bool(self._sum_over_ranks(self._bad) > 0)
 
+    def _bad_gradients(self, model: nn.Module) -> list[str]:
+        """Names of parameters, of all ranks; a scaler looks at gradients itself."""
+        if self.accelerator.scaler is not None:
+            return []
+        mine = finite.bad_gradients(self.accelerator.unwrap_model(model))
+        return list(dict.fromkeys(name for own in self._gather(mine) for name in own))
+
     def _without_bad_rows(self, model: nn.Module, step: Step, items: Any) -> Tensor:
         """Run a step again without the examples that are not finite; its loss."""
         name = f"step {self.state.global_step + 1}"
-        gradients: list[str] = []
-        if self.accelerator.scaler is None:
-            gradients = finite.bad_gradients(self.accelerator.unwrap_model(model))
+        gradients = self._bad_gradients(model)
         # now, as after a forward pass FSDP may hold whole parameters, and these are the shards' own
         model.zero_grad()
         found, pairs, whole = self._diagnose(model, step.batches, self._pairs(step.batches))
@@ -175,7 +180,9 @@ class FiniteTrainer(ResumableTrainer):
                 losses.append(super().training_step(model, batch, items))
             self._watch(losses[-1])
         if self._is_bad(model):
-            raise FloatingPointError(f"{name}: {told}; and not finite without these rows either")
+            again = Findings(gradients=self._bad_gradients(model))
+            rest = again.text(self.args.world_size, "micro-batch")
+            raise FloatingPointError(f"{name}: {told}; without these rows {rest}")
         self._skipped += len(found.rows)
         if self.is_world_process_zero():
             warnings.warn(f"{name}: {told}; left out", stacklevel=2)
