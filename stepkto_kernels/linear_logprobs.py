@@ -414,6 +414,7 @@ def linear_logprobs(
         (...) fp32; 0 with zero gradient where target is ignored. Gradients have the dtype of their
         input and are accumulated in fp32. On the CPU the bits of a token's log-prob depend on that
         token alone: not on the batch, its order, the memory budget, or which gradients are needed.
+        A NaN in a hidden state makes that token's log-prob NaN, one in weight or bias all of them.
     Raises:
         ValueError: a shape, dtype, device or option is not as above, a backend cannot serve the
             call, or, on the CPU, a target is out of range. A GPU is not waited for: there the

@@ -157,7 +157,8 @@ def step_kto_loss(
             and normalizer are then those of the whole batch on every rank, and the gradient that of
             the rank's own tokens.
     Returns:
-        loss: () dtype of `logps`, differentiable in `logps`; 0 where nothing is labelled.
+        loss: () dtype of `logps`, differentiable in `logps`; 0 where nothing is labelled. NaN if
+        anything in a labelled segment, or the baseline, is NaN.
         metrics: of this batch.
     Raises:
         ValueError: shape, dtype or device differs, or `baseline` and `config` do not fit.
@@ -326,7 +327,7 @@ def kl_baseline(
         group: process group to average over; every rank must call.
         config: `ratio_clip` and `length_normalize` are applied as in the loss.
     Returns:
-        KLBaseline of 0-dim fp64 tensors.
+        KLBaseline of 0-dim fp64 tensors; NaN if a log-prob of a segment is.
     Raises:
         ValueError: shape, dtype or device differs.
     """
