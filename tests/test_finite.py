@@ -635,7 +635,9 @@ args = StepKTOArguments(
     folder + "/out", learning_rate=1e-2, optim="sgd", max_grad_norm=0.0, max_steps=2,
     logging_steps=1, train_sampling_strategy="sequential", report_to=[], disable_tqdm=True,
     use_cpu=True, **options)
-trainer = StepKTOTrainer(folder + "/model", args=args, train_dataset=folder + "/data.jsonl",
+data = folder + "/data.jsonl"
+trainer = StepKTOTrainer(folder + "/model", args=args, train_dataset=data,
+                         eval_dataset=data if "eval_strategy" in options else None,
                          callbacks=[Recorder()])
 wanted = [torch.tensor(trainer.train_dataset.examples[row].input_ids) for row in bad]
 
@@ -715,6 +717,26 @@ def test_all_processes_stop_together(folder, more):
         assert found["error"].startswith(told) and found["error"] == both[0]["error"]
         assert len(found["gradients"]) == len(found["logs"]) == 1 and found["finite"]
         assert found["saved"] == ([] if more else ["checkpoint-1"])
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (
+            {"eval_strategy": "steps", "eval_on_start": True, "per_device_eval_batch_size": 3},
+            "evaluation after step 0: not finite: hidden states: row 13 (rank ",
+        ),
+        (
+            {"precompute_ref_log_probs": True, "per_device_eval_batch_size": 3},
+            "train dataset: not finite: reference log-probs: row 13",
+        ),
+    ],
+    ids=["evaluation", "precomputed"],
+)
+def test_all_processes_stop_outside_of_steps(folder, options, told):
+    for found in train(folder, options, [13], 2):
+        assert found["error"].startswith(told) and not found["gradients"]
+    assert not list((folder / "out").glob("ref_logps_*"))
 
 
 @pytest.mark.parametrize("point", ["mismatched", "zero"])
