@@ -85,6 +85,9 @@ KTO_INLINE float cap_slope(float z, LogitOptions o) {
   return a >= o.softcap / o.temperature ? 0.0f : 1.0f - t * t;
 }
 
+// What a term is divided by, where there may be nothing to divide. NaN stays NaN.
+KTO_INLINE double divisor(double n) { return n <= 0 ? 1.0 : n; }
+
 // Options of one level of the loss; z is its reference point.
 struct KtoLevel {
   double z, beta, desirable, undesirable;

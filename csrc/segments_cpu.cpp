@@ -84,8 +84,8 @@ void segment_sums(
 void batch_loss(
     const Segments& s, const LevelSums& outcome, const LevelSums& step, const LossOptions& options,
     double* loss, double* totals, double* outcome_slope, double* step_slope) {
-  const double n_o = options.outcome_normalizer > 0 ? options.outcome_normalizer : 1.0;
-  const double n_s = options.step_normalizer > 0 ? options.step_normalizer : 1.0;
+  const double n_o = divisor(options.outcome_normalizer);
+  const double n_s = divisor(options.step_normalizer);
 
   LevelTotals outcome_totals;
   double outcome_loss = 0, outcome_terms = 0;

@@ -125,8 +125,6 @@ struct LevelTotals {
   }
 };
 
-KTO_INLINE double divisor(double n) { return n > 0 ? n : 1.0; }
-
 // Loss () and metrics.TOTALS of a batch.
 KTO_INLINE void write_loss(
     const LossOptions& o, const LevelTotals& outcome, const LevelTotals& step, double tokens,

@@ -221,7 +221,7 @@ def step_kto_loss(
 
 def _or_one(n: Tensor | float) -> Tensor | float:
     """A term without labels has no summands; its divisor must not make it NaN."""
-    return n if n > 0 else 1.0
+    return 1.0 if n <= 0 else n
 
 
 def fused_linear_step_kto_loss(

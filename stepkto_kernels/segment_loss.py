@@ -139,7 +139,7 @@ class SegmentBatch:
         else:
             share = torch.ones_like(step.value)
         outcome_loss, step_loss = outcome.value.sum(), (share * step.value).sum()
-        n_o, n_s = (torch.where(n > 0, n, 1.0) for n in normalizer)
+        n_o, n_s = (torch.where(n <= 0, 1.0, n) for n in normalizer)
         loss = outcome_loss / n_o + options.step_weight * step_loss / n_s
         tokens = index.scored_tokens().sum()
         totals = [torch.ones_like(loss), tokens, options.step_weight * step_loss]

@@ -12,11 +12,14 @@ import torch
 
 from stepkto_kernels import (
     KLBaseline,
+    LossNormalizer,
     StepKTOConfig,
+    StepSegments,
     fused_linear_step_kto_loss,
     kl_baseline,
     linear_logprobs,
     native,
+    reference,
     segment_sums,
     step_kto_loss,
 )
@@ -235,3 +238,19 @@ def test_nan_is_not_capped_on_a_gpu(head_problem, backend):
         problem.hidden, problem.weight, problem.target, softcap=5.0, backend=backend
     )
     assert found.isnan().nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize("level", ["outcome", "step"])
+def test_a_divisor_that_is_nan_makes_the_loss_nan(auto_is, level):
+    one = torch.zeros(1, dtype=torch.int32)
+    label = torch.ones(1, dtype=torch.int8)
+    segments = StepSegments(one, one, label, label, one)
+    logps = torch.zeros(1, requires_grad=True)
+    config = StepKTOConfig(reference_point="zero")
+    divisors = LossNormalizer(1.0, 1.0)._replace(**{level: torch.tensor(math.nan)})
+    loss, _ = step_kto_loss(logps, torch.zeros(1), segments, config=config, normalizer=divisors)
+    loss.backward()
+    assert loss.isnan() and logps.grad.isnan().all()
+    assert reference.step_kto_loss(
+        logps, torch.zeros(1), segments, config=config, normalizer=divisors
+    ).isnan()
