@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz faults results bench reproduce gpu sanitize-gpu setup clean
+.PHONY: demo test fuzz faults leaks results bench reproduce gpu sanitize-gpu setup clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output out/demo $(ARGS)
@@ -22,6 +22,11 @@ fuzz: $(READY)
 # Kills, damaged files, full disks and failing judges: tests/test_faults.py at length, some minutes.
 faults: $(READY)
 	$(BIN)/python benchmarks/faults.py $(ARGS)
+
+# Ten thousand calls of each op and thousands of steps of training: is memory flat? tests/test_leaks.py
+# at length, a quarter of an hour.
+leaks: $(READY)
+	$(BIN)/python benchmarks/leaks.py $(ARGS)
 
 # Every figure of README.md, measured again. Run both on an idle machine. Peers take part in the
 # second, which takes hours, where they are installed: pip install '.[peers]'.

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from stepkto_kernels import checks
 from stepkto_kernels.integrations.transformers import causal_lm
@@ -77,6 +78,15 @@ class ResumableTrainer(Trainer):
             found["examples"] = len(self.train_dataset)
             found["data"] = self.train_dataset.content
         return found
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As Trainer's."""
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            # accelerate keeps every loader that it prepared, and each evaluation has one of its own
+            kept = self.accelerator._dataloaders
+            kept[:] = [each for each in kept if each is not dataloader]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output = Path(self._get_output_dir(trial=trial))

@@ -1,0 +1,1 @@
+"""Calls and training steps repeated thousands of times, and whether memory stays flat."""
