@@ -45,7 +45,7 @@ def serve(share: float, port_file: Path, seed: int = 0) -> Iterator[Callable[[],
         url = port_file.read_text()
 
         def counts() -> dict[str, Any]:
-            with urllib.request.urlopen(url) as reply:
+            with urllib.request.urlopen(url, timeout=60) as reply:
                 found: dict[str, Any] = json.load(reply)
                 return found
 

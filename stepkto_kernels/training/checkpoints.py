@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from stepkto_kernels import checks
@@ -59,6 +59,8 @@ def flaw(folder: Path) -> str | None:
     """Why a checkpoint cannot be gone on from; None where it can."""
     try:
         for name, (size, digest) in _sealed(folder)["files"].items():
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                return f"{SEAL} names a file outside of it"
             got = mark(folder / name)
             if got[0] != size:
                 return f"{name} has {got[0]} of {size} bytes"

@@ -7,13 +7,14 @@ import statistics
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from stepkto_kernels.bench import scale
 from stepkto_kernels.scaling import DEVICES, KL, Device, Job, Model, estimate
 from stepkto_kernels.training.arguments import StepKTOArguments
 from stepkto_kernels.training.data import UNLABELLED
 from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset
+from stepkto_kernels.training.models import load_tokenizer, trusts_code
 
 
 def dry_run(own: dict[str, Any], args: StepKTOArguments) -> str:
@@ -23,8 +24,9 @@ def dry_run(own: dict[str, Any], args: StepKTOArguments) -> str:
         ValueError: something does not fit, as in training.
         OSError: a file cannot be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(own["model"])
-    config = AutoConfig.from_pretrained(own["model"])
+    trusted = trusts_code(args)
+    tokenizer = load_tokenizer(own["model"], trusted)
+    config = AutoConfig.from_pretrained(own["model"], trust_remote_code=trusted)
     encoded = {}
     for name in ("data", "eval_data"):
         if own.get(name) is not None:

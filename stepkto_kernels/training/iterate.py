@@ -21,7 +21,7 @@ from stepkto_kernels.training.drawing import Draw, derived_seed, draw
 from stepkto_kernels.training.evaluation_files import list_rows
 from stepkto_kernels.training.iterate_config import IterateConfig
 from stepkto_kernels.training.label import Labeller
-from stepkto_kernels.training.models import load_for_sampling
+from stepkto_kernels.training.models import load_for_sampling, load_tokenizer
 from stepkto_kernels.training.records import Problem
 from stepkto_kernels.training.run_folder import complete, lock, write_rows
 from stepkto_kernels.training.selection import Row, balance, deduplicate
@@ -172,14 +172,12 @@ class Run:
         self.say(f"round {t}: {files.shown(found)}")
 
     def _compare(self, t: int, part: Path) -> None:
-        from transformers import AutoTokenizer
-
         from stepkto_kernels.training.log_ratios import log_ratios
 
         c = self.config
         rows = list_rows(self._round(t) / "labelled.jsonl")[: c.log_ratios]
         models = (load_for_sampling(self.model(i), c.device, c.dtype) for i in (t, t - 1))
-        tokenizer = AutoTokenizer.from_pretrained(self.model(t))
+        tokenizer = load_tokenizer(self.model(t))
         write_rows(part, log_ratios(rows, models, tokenizer, batch_size=c.batch_size))
 
 

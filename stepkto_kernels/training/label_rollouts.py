@@ -86,15 +86,13 @@ def make_reward(
 
 
 def make_model_sampler(options: Mapping[str, Any]) -> Sampler:
-    from transformers import AutoTokenizer
-
-    from stepkto_kernels.training.models import load_for_sampling
+    from stepkto_kernels.training.models import load_for_sampling, load_tokenizer
     from stepkto_kernels.training.rewards.continuations import ModelContinuations
 
     name = options["rollout_model"]
     return ModelContinuations(
         load_for_sampling(name, options["rollout_device"], options["rollout_dtype"]),
-        AutoTokenizer.from_pretrained(name),
+        load_tokenizer(name),
         temperature=options["rollout_temperature"],
         max_new_tokens=options["rollout_max_new_tokens"],
         batch_size=options["rollout_batch_size"],

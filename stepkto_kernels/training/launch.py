@@ -98,5 +98,8 @@ def merge_adapter(folder: Path) -> None:
     """
     from peft import AutoPeftModelForCausalLM
 
-    model: Any = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto")
+    from stepkto_kernels.training.models import SAFE
+
+    load: Any = AutoPeftModelForCausalLM.from_pretrained
+    model = load(folder, dtype="auto", **SAFE)
     model.merge_and_unload().save_pretrained(folder)

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from stepkto_kernels import checks
 from stepkto_kernels.training.arguments import StepKTOArguments
@@ -19,13 +24,40 @@ if TYPE_CHECKING:
     from stepkto_kernels.training.sampler import Sampler
 
 
+# Where nothing is said, transformers asks on the terminal whether to run a model's code, and reads
+# pickles where there are no safetensors.
+SAFE = {"trust_remote_code": False, "use_safetensors": True}
+
+
+def trusts_code(args: StepKTOArguments) -> bool:
+    """Whether model_init_kwargs ask for the code that comes with a model, by name."""
+    options: Any = args.model_init_kwargs or {}
+    return options.get("trust_remote_code", False) is True
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; code that comes with it is refused unless asked for."""
+    load: Any = AutoTokenizer.from_pretrained
+    found: PreTrainedTokenizerBase = load(name, trust_remote_code=trust_remote_code)
+    return found
+
+
 def load_model(model: Any, args: StepKTOArguments) -> nn.Module:
-    """A causal language model by its name or folder; a module is taken as it is."""
+    """A causal language model by its name or folder; a module is taken as it is.
+
+    Raises:
+        ValueError: no name and no module; options that would have pickles read.
+        OSError: no such model, or none with safetensors.
+    """
     if isinstance(model, nn.Module):
         return model
     checks.require(isinstance(model, str), "model", "a module, a name or a folder", repr(model))
     options: Any = args.model_init_kwargs or {}  # parsed by TrainingArguments, if it was text
-    return AutoModelForCausalLM.from_pretrained(model, **options)
+    for name in ("use_safetensors", "weights_only"):
+        value = options.get(name, True)
+        checks.require(value is True, f"model_init_kwargs: {name}", "true", repr(value))
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, **SAFE | options)
+    return loaded
 
 
 def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
@@ -56,7 +88,7 @@ def load_for_sampling(model: str, device: str = "auto", dtype: str = "auto") -> 
         dtype: name of a torch dtype; auto takes the one it was saved in.
     Raises:
         ValueError: no such dtype, or weights that the folder does not have.
-        OSError: no such model.
+        OSError: no such model, or none with safetensors.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +96,7 @@ def load_for_sampling(model: str, device: str = "auto", dtype: str = "auto") -> 
     is_dtype = wanted == "auto" or isinstance(wanted, torch.dtype)
     checks.require(is_dtype, "dtype", "auto or a torch dtype", repr(dtype))
     load: Any = AutoModelForCausalLM.from_pretrained
-    loaded, info = load(model, dtype=wanted, output_loading_info=True)
+    loaded, info = load(model, dtype=wanted, output_loading_info=True, **SAFE)
     missing = sorted(info["missing_keys"])
     checks.require(not missing, f"model {model}", "all weights of it", f"none for {missing[:4]}")
     return loaded.to(device).eval()
@@ -90,7 +122,7 @@ def sampling_model(settings: SamplingConfig, model: str) -> Iterator[Sampler]:
         sampler, held = (
             TransformersSampler(
                 load_for_sampling(model, settings.device, settings.dtype),
-                AutoTokenizer.from_pretrained(model),
+                load_tokenizer(model),
                 max_new_tokens=length,
                 batch_size=settings.batch_size,
             ),

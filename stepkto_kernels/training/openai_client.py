@@ -14,6 +14,7 @@ import os
 import random
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -71,7 +72,8 @@ class ChatClient:
     only; redirects are not followed.
 
     Args:
-        base_url: up to where "/chat/completions" or "/completions" follows, http or https.
+        base_url: up to where "/chat/completions" or "/completions" follows, http or https, without
+            a user or a query: keys come from the environment.
         model: its name there.
         api_key_env: environment variable with the key; None where none is needed.
         timeout: seconds for one attempt as a whole, > 0.
@@ -100,6 +102,10 @@ class ChatClient:
     ):
         is_http = isinstance(base_url, str) and base_url.startswith(("http://", "https://"))
         checks.require(is_http, "base_url", "http://... or https://...", repr(base_url))
+        parts = urllib.parse.urlsplit(base_url)
+        is_plain = parts.username is None and not parts.query and not parts.fragment
+        # not shown: it may be a key, as messages have the address in them
+        checks.require(is_plain, "base_url", "no user, query or fragment in it", "one that has")
         checks.require(bool(model), "model", "a name", repr(model))
         checks.number("timeout", timeout, low=0, low_open=True)
         checks.integer("concurrency", concurrency, low=1)

@@ -46,6 +46,8 @@ class Problem:
         checks.require(bool(self.id), "id", "a string that is not empty", repr(self.id))
         is_text = self.solution is None or isinstance(self.solution, str)
         checks.require(is_text, "solution", "a string or null", repr(self.solution))
+        for name, value in vars(self).items():
+            _check_writable(name, value)
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,28 @@ class Sample:
             checks.require(isinstance(value, str), name, "a string", repr(value))
         checks.integer("sample", self.sample, low=0)
         checks.choice("finish", self.finish, FINISHES)
+        for name in ("problem_id", "prompt", "completion"):
+            _check_writable(name, getattr(self, name))
 
     @property
     def key(self) -> tuple[str, int]:
         return self.problem_id, self.sample
+
+
+def _check_writable(name: str, value: Any) -> None:
+    """That files and tokenizers can hold it: JSON can spell half of a surrogate pair."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            want = "text without lone surrogates"
+            raise ValueError(f"{name}: want {want}, got {value[:80]!r}") from None
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            _check_writable(name, each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            _check_writable(name, each)
 
 
 def read_problems(path: FilePath) -> list[Problem]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,14 +42,21 @@ class ResumableTrainer(Trainer):
         """As Trainer.train; True goes on from the newest whole checkpoint of output_dir.
 
         Raises:
-            ValueError: a checkpoint is not whole, or of another training; names what differs.
+            ValueError: a checkpoint is not whole, of another training, or has a pickle of something
+                else than numbers in it; names what differs.
             OSError: a checkpoint cannot be written.
         """
         if resume_from_checkpoint:
             folder = self._whole_checkpoint(resume_from_checkpoint)
             checkpoints.check_settings(folder, self.checkpoint_settings())
             resume_from_checkpoint = str(folder)
-        return super().train(resume_from_checkpoint, *args, **kw)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kw)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))  # torch's advice is to run it
+            got = f"a pickle that wants {found[1]}" if found else "another pickle"
+            want = "only numbers and tensors in its files"
+            raise ValueError(f"{resume_from_checkpoint}: want {want}, got {got}") from None
 
     def _whole_checkpoint(self, asked: str | bool) -> Path:
         if isinstance(asked, bool):

@@ -237,13 +237,11 @@ def make_sampler(args: argparse.Namespace, options: dict[str, Any], ranks: Ranks
             per_request=options["server_per_request"],
             body=options["server_body"],
         )
-    from transformers import AutoTokenizer
-
-    from stepkto_kernels.training.models import load_for_sampling
+    from stepkto_kernels.training.models import load_for_sampling, load_tokenizer
 
     return sampler.TransformersSampler(
         load_for_sampling(args.model, own_device(options["device"], ranks), options["dtype"]),
-        AutoTokenizer.from_pretrained(args.model),
+        load_tokenizer(args.model),
         max_new_tokens=length,
         batch_size=options["batch_size"],
     )

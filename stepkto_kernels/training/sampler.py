@@ -133,9 +133,9 @@ class VLLMSampler:
         except ImportError as error:
             raise ImportError("want vllm installed for this sampler: pip install vllm") from error
         if tokenizer is None:
-            from transformers import AutoTokenizer
+            from stepkto_kernels.training.models import load_tokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = load_tokenizer(model)
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self._parameters = vllm.SamplingParams
         self.llm = vllm.LLM(model=model, **options)

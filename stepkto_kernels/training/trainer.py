@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,7 +48,13 @@ from stepkto_kernels.training.batch import TrainerCollator, mismatched_pairs, un
 from stepkto_kernels.training.data import EncodedExample
 from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset
 from stepkto_kernels.training.finite_trainer import Batch, FiniteTrainer, StepContext
-from stepkto_kernels.training.models import add_adapter, disable_dropout, load_model
+from stepkto_kernels.training.models import (
+    add_adapter,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    trusts_code,
+)
 from stepkto_kernels.training.reference_logps import sharded_batches
 from stepkto_kernels.training.reference_model import ReferenceModel
 
@@ -136,7 +141,7 @@ class StepKTOTrainer(FiniteTrainer):
                 disable_dropout(each)
         config = causal_lm(policy).config
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(config._name_or_path)
+            processing_class = load_tokenizer(config._name_or_path, trusts_code(args))
         encoded = [encode(rows, processing_class, args) for rows in (train_dataset, eval_dataset)]
         self.collate = collator(processing_class, config, args)
         super().__init__(

@@ -192,18 +192,19 @@ def load_prm(
     Raises:
         ValueError: an argument outside of the above, or weights of the model that are missing: a
             head with random weights would invent its verdicts.
-        OSError: there is no such model.
+        OSError: there is no such model, or none with safetensors.
     """
-    from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
+    from transformers import AutoModel, AutoModelForTokenClassification
+
+    from stepkto_kernels.training.models import load_tokenizer
 
     checks.choice("layout", layout, tuple(LAYOUTS))
     checks.choice("dtype", dtype, tuple(DTYPES))
     kind: Any = AutoModel if layout == "qwen" and trust_remote_code else None
     kind = kind or AutoModelForTokenClassification
-    model, info = kind.from_pretrained(
-        name, trust_remote_code=trust_remote_code, dtype=DTYPES[dtype], output_loading_info=True
-    )
+    safe: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True}
+    model, info = kind.from_pretrained(name, dtype=DTYPES[dtype], output_loading_info=True, **safe)
     missing = sorted(info["missing_keys"])
     checks.require(not missing, f"model {name}", "all weights of it", f"none for {missing[:4]}")
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     return ProcessRewardModel(model.to(device), tokenizer, LAYOUTS[layout], **options)
