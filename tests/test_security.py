@@ -484,6 +484,16 @@ def test_no_answer_left_a_file_or_a_process(checked):
             os.kill(pid, 0)
 
 
+def test_a_math_verify_that_is_called_otherwise_is_noticed(tmp_path, monkeypatch):
+    """Its errors on single answers are verdicts; an error on every answer must not be."""
+    pytest.importorskip("math_verify")
+    module = "LatexExtractionConfig = dict\nparse = lambda text: [text]\nverify = lambda *a: True\n"
+    (tmp_path / "math_verify.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with MathVerify() as reward, pytest.raises(ValueError, match="no start"):
+        reward(Problem("p", "?", "4"), "Answer: 5")
+
+
 # ---- other readers of text --------------------------------------------------------------------
 
 UNITS = (

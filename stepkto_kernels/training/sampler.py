@@ -135,7 +135,8 @@ class VLLMSampler:
         if tokenizer is None:
             from stepkto_kernels.training.models import load_tokenizer
 
-            tokenizer = load_tokenizer(model)
+            trusted = options.get("trust_remote_code", False) is True
+            tokenizer = load_tokenizer(model, trusted)
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self._parameters = vllm.SamplingParams
         self.llm = vllm.LLM(model=model, **options)
