@@ -241,6 +241,22 @@ def test_a_model_that_is_a_pickle_is_refused(inputs, tmp_path, capsys, name, kin
     assert not marker.exists()
 
 
+def test_an_adapter_that_is_a_pickle_is_refused(inputs, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    folder, marker = tmp_path / "adapter", tmp_path / "ran"
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    for path in (inputs / "model").glob("tokenizer*"):
+        shutil.copy(path, folder)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"a": Evil(marker)}, folder / "adapter_model.bin")
+    for name in ("train", "sample"):
+        error = refused(COMMANDS[name](inputs, folder, tmp_path / "out"), capsys)
+        assert "adapter_model.safetensors" in error
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("what", ["model", "tokenizer", "both"])
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_code_of_a_model_is_refused(inputs, tmp_path, capsys, name, what):
@@ -429,9 +445,19 @@ class Watch:
         self.thread.join()
 
 
+def is_sound(reward) -> bool:
+    """Whether it knows a right answer and a wrong one; on a busy machine one may take too long."""
+    ask = lambda answer: reward(Problem("p", "?", "\\frac{1}{2}"), f"Answer: {answer}")
+    for answer, wanted in (("\\frac{2}{4}", True), ("\\frac{2}{5}", False)):
+        found = next((v for v in (ask(answer) for _ in range(4)) if v is not None), None)
+        if found is not wanted:
+            return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
-    """Each hostile answer's verdict, its seconds, and the verdict of a sound one behind it."""
+    """By name: verdicts of a hostile answer, plain and boxed, and the seconds that they took."""
     pytest.importorskip("math_verify")
     before, found = Path.cwd(), {}
     os.chdir(tmp_path_factory.mktemp("answers"))
@@ -440,6 +466,7 @@ def checked(tmp_path_factory):
             watch = Watch(reward)
             for name, answer in HOSTILE.items():
                 problem = Problem("p", "?", "x" if name in ("sums of sums", "a tower") else "4")
+                assert is_sound(reward), f"before {name}"  # and a worker is there
                 start = time.monotonic()
                 verdict = reward(problem, f"Answer: {answer}")
                 in_box = f"So \\boxed{{{answer}}}"
@@ -447,36 +474,30 @@ def checked(tmp_path_factory):
                 seconds = time.monotonic() - start
                 found[name] = verdict, boxed, seconds
             watch.stop()
-            sound = [
-                reward(Problem("p", "?", "\\frac{1}{2}"), f"Answer: {answer}")
-                for answer in ("0.5", "\\frac{2}{4}", "0.49")
-            ]
-        yield found, watch, sound, Path.cwd()
+            assert is_sound(reward)
+        yield found, watch, Path.cwd()
     finally:
         os.chdir(before)
 
 
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_a_hostile_answer_gets_no_point_within_its_time(checked, name):
-    """A worker's start, which imports sympy, is no part of the limit."""
+    """Sound answers before and behind it are judged rightly, see `checked`."""
     verdict, boxed, seconds = checked[0][name]
     assert verdict in (False, None) and boxed in (False, None)
-    assert seconds < 2 * (WALL_FACTOR * SECONDS + 15)
+    starts = 15 if MARKED in HOSTILE[name] else 0  # of a worker between the two, sympy and all
+    assert seconds < 2 * WALL_FACTOR * SECONDS + 5 + starts
 
 
 def test_memory_stays_within_its_limit(checked):
-    _, watch, _, _ = checked
+    _, watch, _ = checked
     if not Path("/proc/self/status").exists():
         pytest.skip("there is no /proc")
     assert 0 < watch.most <= MEMORY
 
 
-def test_sound_answers_behind_hostile_ones_are_judged_rightly(checked):
-    assert checked[2] == [True, True, False]
-
-
 def test_no_answer_left_a_file_or_a_process(checked):
-    _, watch, _, folder = checked
+    _, watch, folder = checked
     assert list(folder.iterdir()) == []
     assert len(watch.pids) > 3  # some were killed
     for pid in watch.pids:
@@ -640,14 +661,29 @@ PATHS += ["C:\\escaped", "$HOME", "file:///etc/passwd", "-rf", "\n", "{0}", "%s"
 
 
 def tree(folder: Path) -> dict[str, bytes]:
+    """Each path in it with its content."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
         for path in folder.rglob("*")
     }
 
 
+@pytest.fixture(scope="module")
+def opened():
+    """Paths that Python opens, makes, renames or lists in this process, while it is not None."""
+    noted = {"paths": None}
+
+    def hook(event, arguments):
+        if noted["paths"] is not None and event.startswith(("open", "os.", "shutil.")):
+            noted["paths"] += [str(each) for each in arguments if isinstance(each, (str, bytes))]
+
+    sys.addaudithook(hook)  # for good: nothing takes one away
+    yield noted
+    noted["paths"] = None
+
+
 @pytest.fixture
-def place(tmp_path, inputs, monkeypatch):
+def place(tmp_path, inputs, monkeypatch, opened):
     """A folder of problems and samples with ids that look like paths, beside one for output.
 
     What becomes a path of it lands in the same tree, or at the root, and would be seen.
@@ -657,7 +693,11 @@ def place(tmp_path, inputs, monkeypatch):
     write_problems(folder, PATHS, text="../../escaped\n/escaped\nAnswer: /etc/passwd")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(tmp_path / "a"))
-    return folder
+    opened["paths"] = []
+    yield folder
+    touched, opened["paths"] = opened["paths"], None
+    assert any("problems.jsonl" in path for path in touched)
+    assert [path for path in touched if "escaped" in path or path == "/etc/passwd"] == []
 
 
 def check_tree(place, before, allowed) -> None:
@@ -737,7 +777,7 @@ def test_text_that_no_file_can_hold_is_refused_before_work(place, inputs, capsys
     assert not Path("out.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["../problems", "/etc/passwd", "math500/../x", "\x00.jsonl", ""])
+@pytest.mark.parametrize("name", ["../problems", "/etc/hosts", "math500/../x", "\x00.jsonl", ""])
 def test_names_of_problem_sets_are_sets_or_files(place, inputs, capsys, name):
     before = tree(place.parents[1])
     words = sample_words(inputs, inputs / "model", "out.jsonl", name or " ")
