@@ -100,7 +100,8 @@ def linear_logprobs_with_stats(
     log_p = z.log_softmax(-1)
     at_target = z.gather(-1, torch.where(scored, target, 0)[..., None])[..., 0]
     formulas = {
-        "entropy": lambda: -(log_p.exp() * log_p).sum(-1),
+        # a masked logit of -inf has p = 0, and 0 * -inf would be NaN; exp(-1e4) is 0 in fp64 too
+        "entropy": lambda: -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1),
         "mean_logit": lambda: z.mean(-1).detach(),
         "is_top1": lambda: at_target >= z.amax(-1),
         "log_sum_sq_prob": lambda: (2 * log_p).logsumexp(-1).detach(),

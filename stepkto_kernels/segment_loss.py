@@ -106,10 +106,14 @@ class SegmentBatch:
         """Log-ratios of sequences (level 0) or steps (level 1)."""
         return self.ratio[level] * self.scale(level)
 
+    @property
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Which sequences (B,) and steps (S,) have a label."""
+        return self.index.outcome_label >= 0, self.index.labelled_steps()
+
     def matched_baseline(self) -> tuple[Tensor, Tensor]:
         """max(0, mean log-ratio of the labelled segments) of both levels, () each."""
-        labelled = (self.index.outcome_label >= 0, self.index.labelled_steps())
-        means = (mean_over(self.r(level), counted) for level, counted in enumerate(labelled))
+        means = (mean_over(self.r(level), counted) for level, counted in enumerate(self.labelled))
         z_o, z_s = (total / count.clamp(min=1) for total, count in means)
         return z_o.clamp(min=0), z_s.clamp(min=0)
 
