@@ -7,6 +7,7 @@ wait for a device.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def tensor(
     require(isinstance(value, Tensor), name, "a torch.Tensor", type(value).__name__)
     names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     require(value.dtype in dtypes, name, f"dtype {names}", value.dtype)
+    require(value.layout == torch.strided, name, "a dense tensor", value.layout)
     if ndim is not None:
         require(value.ndim == ndim, name, f"{ndim} dimensions", f"shape {tuple(value.shape)}")
 
@@ -46,7 +48,8 @@ def same_device(name: str, value: Any, other_name: str, other: Any) -> None:
 
 
 def choice(name: str, value: object, options: tuple[str, ...]) -> None:
-    require(value in options, name, "one of " + ", ".join(map(repr, options)), repr(value))
+    known = isinstance(value, str) and value in options
+    require(known, name, "one of " + ", ".join(map(repr, options)), repr(value))
 
 
 def number(
@@ -63,7 +66,8 @@ def number(
     if is_number:
         inside = low < value if low_open else low <= value
         inside = inside and (value < high if high_open else value <= high)
-        if inside and -math.inf < value < math.inf:
+        # an int may be larger than any float, and a float is what becomes of it
+        if inside and -sys.float_info.max <= value <= sys.float_info.max:
             return
     interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
     want = f"a finite number in {interval}" if is_number else f"a number in {interval}"
@@ -75,14 +79,19 @@ def integer(name: str, value: Any, *, low: int) -> None:
     require(valid, name, f"an int >= {low}", repr(value))
 
 
+def boolean(name: str, value: Any) -> None:
+    require(isinstance(value, bool), name, "True or False", repr(value))
+
+
 def instance(name: str, value: Any, cls: type) -> None:
     if not isinstance(value, cls):  # torch.compile cannot trace the repr of what fits
         raise ValueError(f"{name}: want a {cls.__name__}, got {value!r}")
 
 
 def memory_budget(value: Any) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    want = "a number of bytes >= 0, or None"
+    # below 2**63, as custom ops take int64
+    valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    want = "a number of bytes >= 0 and < 2**63, or None"
     if value is not None and not valid:
         raise ValueError(f"memory_budget: want {want}, got {value!r}")
 
@@ -104,6 +113,20 @@ def num_tokens(name: str, value: Tensor, segments: Any) -> None:
 def values_are_free(value: Tensor) -> bool:
     """True where looking at the values neither waits for a device nor breaks a compiled graph."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def index(name: str, value: Tensor, size: int) -> None:
+    """Values in [-1, size). Waits for a device."""
+    if value.numel():
+        low, high = (int(x) for x in value.aminmax())
+        require(-1 <= low and high < size, name, f"values in [-1, {size})", (low, high))
+
+
+def labels(name: str, value: Tensor) -> None:
+    """1, 0 or -1 each. Looked at on the CPU only."""
+    if value.numel() and values_are_free(value):
+        low, high = (int(x) for x in value.aminmax())
+        require(-1 <= low and high <= 1, name, "labels 1, 0 or -1", f"values in [{low}, {high}]")
 
 
 def ref_logps(value: Any, shape_: torch.Size, dtype: torch.dtype, device: torch.device) -> None:

@@ -87,12 +87,7 @@ class StepKTOConfig:
             low, high = self.ratio_clip
             checks.number("ratio_clip[0]", low)
             checks.number("ratio_clip[1]", high, low=low)
-        checks.require(
-            isinstance(self.length_normalize, bool),
-            "length_normalize",
-            "True or False",
-            self.length_normalize,
-        )
+        checks.boolean("length_normalize", self.length_normalize)
         checks.number("ema_decay", self.ema_decay, low=0, high=1, high_open=True)
 
     @property
@@ -159,9 +154,11 @@ class LogitOptions:
             checks.number("softcap", self.softcap, low=0, low_open=True)
         is_int = isinstance(self.ignore_index, int) and not isinstance(self.ignore_index, bool)
         checks.require(is_int, "ignore_index", "an int", repr(self.ignore_index))
+        small = abs(self.ignore_index) < 2**53  # custom ops take it as a float, see `pack`
+        checks.require(small, "ignore_index", "an int below 2**53", repr(self.ignore_index))
 
     def pack(self) -> list[float]:
-        """Floats for a custom op, no softcap as 0; exact for |ignore_index| < 2**53."""
+        """Floats for a custom op, no softcap as 0."""
         return [self.temperature, self.logit_scale, self.softcap or 0.0, float(self.ignore_index)]
 
     @classmethod

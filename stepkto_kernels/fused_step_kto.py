@@ -123,6 +123,8 @@ def _fused_step_kto(
     compile for every batch anew.
     """
     idx = SegmentIndex(*index)
+    if hidden.device.type == "cpu":
+        idx.check_values()
     V, H = weight.shape
     device = hidden.device
     on_cpu = device.type == "cpu"

@@ -471,13 +471,18 @@ def linear_logprobs_with_stats(
     dtypes = checks.FLOAT_DTYPES + ((torch.float64,) if backend == "reference" else ())
     check_head(hidden, weight, target, bias, memory_budget, group, dtypes)
     checks.number("gradient_bound", gradient_bound, low=0)
-    stats = tuple(dict.fromkeys(stats))
+    several = isinstance(stats, Sequence) and not isinstance(stats, str)
+    checks.require(several, "stats", "a sequence of names", repr(stats))
     for name in stats:
         checks.choice("stats", name, STATS)
+    stats = tuple(dict.fromkeys(stats))
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
     backend = backends.resolve(backend, hidden.device)
     split = resolve_split(hidden, weight, bias, memory_budget, options, backend, group, stats=stats)
     if backend == "reference":
+        if checks.values_are_free(target):
+            flat = target.reshape(-1)
+            checks.targets(flat, flat != ignore_index, weight.shape[0], ignore_index)
         logps, values = reference.linear_logprobs_with_stats(
             hidden,
             weight,

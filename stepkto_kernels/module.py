@@ -93,6 +93,7 @@ class StepKTOLoss(nn.Module):
         update_running: whether the running value may move; under gradient accumulation pass False
         for all but the last micro-batch of a step, so that z is one number a step.
         """
+        checks.boolean("update_running", update_running)
         given = baseline
         kind = self.config.reference_point
         from_config = self.config.fixed_reference_point is not None

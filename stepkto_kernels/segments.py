@@ -52,6 +52,21 @@ class SegmentIndex(NamedTuple):
             return self.sequence_index, self.step_index
         return self.sequence_index[rows], self.step_index[rows]
 
+    def check_values(self) -> None:
+        """Indices and labels are in range; what they point to is not looked at. Waits for a device.
+
+        Raises:
+            ValueError: one that is not.
+        """
+        for name, size in (
+            ("sequence_index", self.num_sequences),
+            ("step_index", self.num_steps),
+            ("outcome_label", 2),
+            ("step_label", 2),
+            ("step_sequence", self.num_sequences),
+        ):
+            checks.index(name, getattr(self, name), size)
+
     def labelled_steps(self) -> Tensor:
         return (self.step_label >= 0) & (self.step_sequence >= 0)  # (S,) bool
 
@@ -146,7 +161,8 @@ class StepSegments:
                 step b * K + k, so that S = B * K needs no look at the values. A step without
                 tokens takes no part in the loss.
         Raises:
-            ValueError: shapes or dtypes differ; on the CPU also a step id outside of [-1, K).
+            ValueError: shapes, dtypes or devices differ; on the CPU also a step id outside of
+                [-1, K), or another label.
         """
         checks.tensor("step_ids", step_ids, dtypes=checks.INDEX_DTYPES, ndim=2)
         B, T = step_ids.shape
@@ -157,6 +173,14 @@ class StepSegments:
         checks.tensor("step_labels", step_labels, dtypes=checks.LABEL_DTYPES, ndim=2)
         K = step_labels.shape[1]
         checks.shape("step_labels", step_labels, (B, K), "(B, K)")
+        for name, value in (
+            ("completion_mask", completion_mask),
+            ("outcome_label", outcome_label),
+            ("step_labels", step_labels),
+        ):
+            checks.same_device(name, value, "step_ids", step_ids)
+        checks.labels("outcome_label", outcome_label)
+        checks.labels("step_labels", step_labels)
         if step_ids.numel() and checks.values_are_free(step_ids):
             low, high = int(step_ids.min()), int(step_ids.max())
             checks.require(
@@ -196,14 +220,33 @@ class StepSegments:
             step_labels: (S,) int in {1, 0, -1}. A step without tokens takes no part in the loss.
             completion_mask: (N,) bool or int, zero where a token is not scored; None scores all.
         Raises:
-            ValueError: shapes or dtypes differ; on the CPU also a step index outside of [-1, S).
+            ValueError: shapes, dtypes or devices differ; on the CPU also a step index outside of
+                [-1, S), another label, or cu_seqlens that fall, or lie outside of [0, N].
         """
         checks.tensor("cu_seqlens", cu_seqlens, dtypes=checks.INDEX_DTYPES, ndim=1)
         checks.tensor("step_index", step_index, dtypes=checks.INDEX_DTYPES, ndim=1)
         N, B = step_index.shape[0], cu_seqlens.shape[0] - 1
+        checks.require(B >= 0, "cu_seqlens", "shape (B + 1,)", "shape (0,)")
         checks.tensor("outcome_label", outcome_label, dtypes=checks.LABEL_DTYPES, ndim=1)
         checks.shape("outcome_label", outcome_label, (B,), "(B,)")
         checks.tensor("step_labels", step_labels, dtypes=checks.LABEL_DTYPES, ndim=1)
+        if completion_mask is not None:
+            checks.tensor("completion_mask", completion_mask, dtypes=checks.MASK_DTYPES, ndim=1)
+            checks.shape("completion_mask", completion_mask, (N,), "(N,)")
+        for name, value in (
+            ("cu_seqlens", cu_seqlens),
+            ("outcome_label", outcome_label),
+            ("step_labels", step_labels),
+            ("completion_mask", completion_mask),
+        ):
+            if value is not None:
+                checks.same_device(name, value, "step_index", step_index)
+        checks.labels("outcome_label", outcome_label)
+        checks.labels("step_labels", step_labels)
+        if checks.values_are_free(cu_seqlens):
+            ends = cu_seqlens.tolist()
+            rising = ends == sorted(ends) and 0 <= ends[0] and ends[-1] <= N
+            checks.require(rising, "cu_seqlens", f"rising values in [0, N] = [0, {N}]", ends)
         if N and checks.values_are_free(step_index):
             S = step_labels.shape[0]
             low, high = (int(x) for x in step_index.aminmax())
@@ -214,8 +257,6 @@ class StepSegments:
         sequence = torch.bucketize(position, cu_seqlens.long(), right=True) - 1
         scored = (sequence >= 0) & (sequence < B)
         if completion_mask is not None:
-            checks.tensor("completion_mask", completion_mask, dtypes=checks.MASK_DTYPES, ndim=1)
-            checks.shape("completion_mask", completion_mask, (N,), "(N,)")
             scored = scored & (completion_mask != 0)
         sequence = torch.where(scored, sequence, -1)
         step_index = torch.where(scored, step_index, -1)
@@ -303,6 +344,12 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 def _segment_sums(
     ratio: Tensor, sequence_index: Tensor, step_index: Tensor, num_sequences: int, num_steps: int
 ) -> tuple[Tensor, Tensor]:
+    if ratio.device.type == "cpu":
+        for name, index, size in (
+            ("sequence_index", sequence_index, num_sequences),
+            ("step_index", step_index, num_steps),
+        ):
+            checks.index(name, index, size)
     outcome = sum_by_index(ratio, sequence_index, num_sequences)
     step = sum_by_index(ratio, step_index, num_steps)
     return outcome.to(ratio.dtype), step.to(ratio.dtype)
@@ -347,6 +394,7 @@ def segment_sums(ratio: Tensor, segments: StepSegments) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: dtype, number of elements or device differ.
     """
+    checks.instance("segments", segments, StepSegments)
     checks.token_tensor("ratio", ratio, segments)
     outcome, step = _segment_sums(
         ratio.reshape(-1),

@@ -67,6 +67,8 @@ def _step_kto(
     if context_group and level is cuda:  # whose one launch leaves no room for other ranks' sums
         level = segment_loss
     batch_of = SegmentIndex(*index), SegmentOptions.unpack(options)
+    if level is segment_loss and logps.device.type == "cpu":  # native looks for itself
+        batch_of[0].check_values()
     if level is cuda:
         out = cuda.batch_loss(*batch_of, logps, ref_logps, (z_o, z_s), (n_o, n_s), matched)
     else:
@@ -161,7 +163,8 @@ def step_kto_loss(
         anything in a labelled segment, or the baseline, is NaN.
         metrics: of this batch.
     Raises:
-        ValueError: shape, dtype or device differs, or `baseline` and `config` do not fit.
+        ValueError: shape, dtype or device differs, or `baseline` and `config` do not fit; on the
+            CPU also an index or label of `segments` out of range.
     """
     check_log_probs(logps, ref_logps, segments, config)
     z, matched = resolve_baseline(baseline, config, logps.device)
@@ -178,6 +181,12 @@ def step_kto_loss(
         backends.resolve("auto" if logps.dtype == torch.float32 else "torch", logps.device),
     )
     return loss, StepKTOMetrics(totals)
+
+
+def check_group(group: object) -> None:
+    checks.require(
+        group is None or isinstance(group, Group), "group", "None or a ProcessGroup", group
+    )
 
 
 def context_name(group: Group | None) -> str:
@@ -242,6 +251,8 @@ def as_scalar(
 ) -> Tensor:
     if isinstance(value, Tensor):
         checks.shape(name, value, (), "()")
+        checks.require(not value.is_complex(), name, "a real number", value.dtype)
+        checks.require(device.type == "meta" or not value.is_meta, name, "a value", "a meta tensor")
         # not waiting is safe on the way to a device only
         ahead = device.type != "cpu"
         return value.detach().to(device=device, dtype=torch.float64, non_blocking=ahead)
@@ -264,6 +275,7 @@ class KLTotals:
 
     def baseline(self, group: Group | None = None) -> KLBaseline:
         """max(0, global sum over global count) of all that was added, over `group` if given."""
+        check_group(group)
         sums = self.totals
         if group is not None:
             sums = sums.clone()
@@ -289,20 +301,23 @@ def kl_totals(
     Args:
         context_group: as in `step_kto_loss`; the totals are then the same on all of its ranks, so
             `baseline` takes the group of data-parallel ranks alone.
-        labelled_only: leave out segments without a label, as reference_point "matched" does with
-            the batch's own.
+        labelled_only: count the segments that have a label, with or without tokens, as
+            reference_point "matched" does with the batch's own.
         Others: as `kl_baseline`.
     """
     check_log_probs(logps, ref_logps, segments, config)
+    checks.boolean("labelled_only", labelled_only)
+    if checks.values_are_free(logps):
+        SegmentIndex.of(segments).check_values()
     batch = SegmentBatch(SegmentIndex.of(segments), config.segment_options())
     batch.add(logps.reshape(-1), ref_logps.reshape(-1))
     context_name(context_group)
     if context_group is not None:
         batch.all_reduce(context_group)
-    counted = [tokens > 0 for tokens in batch.tokens]
     if labelled_only:
-        labelled = segments.outcome_label >= 0, SegmentIndex.of(segments).labelled_steps()
-        counted = [some & known for some, known in zip(counted, labelled, strict=True)]
+        counted = batch.labelled
+    else:
+        counted = tuple(tokens > 0 for tokens in batch.tokens)
     parts = [mean_over(batch.r(level), counted[level]) for level in (0, 1)]
     return KLTotals(torch.stack([value for part in parts for value in part]))
 
@@ -329,8 +344,10 @@ def kl_baseline(
     Returns:
         KLBaseline of 0-dim fp64 tensors; NaN if a log-prob of a segment is.
     Raises:
-        ValueError: shape, dtype or device differs.
+        ValueError: shape, dtype or device differs; on the CPU also an index or label of `segments`
+            out of range.
     """
+    check_group(group)
     return kl_totals(logps, ref_logps, segments, config=config).baseline(group)
 
 
@@ -347,7 +364,14 @@ def loss_normalizer(
     Returns:
         outcome: number of labelled sequences; step: number of sequences with a labelled step, or of
         labelled steps with step_reduction "mean". 0-dim fp64 tensors.
+    Raises:
+        ValueError: not segments, a config or a group; on the CPU also an index out of range.
     """
+    checks.instance("segments", segments, StepSegments)
+    checks.instance("config", config, StepKTOConfig)
+    check_group(group)
+    if checks.values_are_free(segments.outcome_label):
+        SegmentIndex.of(segments).check_values()
     outcome, step, _ = term_counts(SegmentIndex.of(segments), config.segment_options())
     counts = torch.stack([outcome, step])
     if group is not None:

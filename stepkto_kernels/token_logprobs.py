@@ -157,6 +157,9 @@ def token_logprobs(
     options = LogitOptions(temperature, logit_scale, softcap, ignore_index)
     backend = backends.resolve(backend, logits.device, ("reference", "torch", "triton"))
     if backend == "reference":
+        if checks.values_are_free(target):
+            flat = target.reshape(-1)
+            checks.targets(flat, flat != ignore_index, V, ignore_index)
         return reference.token_logprobs(
             logits,
             target,
