@@ -217,8 +217,14 @@ def rounding_scale() -> Callable[[HeadProblem], dict[str, Tensor]]:
         scalars = {name: options[name] for name in SCALARS if name in options}
         z = reference.transform_logits(F.linear(h, w, exact.bias), **scalars)
         onehot = F.one_hot(target.where(scored, 0), V)
-        of_p = z.softmax(1) * (1 + of_logp)[:, None] + FP32.smallest_normal / FP32.eps
+        # p * (e**d - 1) for an error of d in log p; for small d that is p * d
+        of_exp = torch.expm1(FP32.eps * of_logp).div(FP32.eps).clamp(max=1e30)
+        of_p = z.softmax(1) * (1 + of_exp)[:, None] + FP32.smallest_normal / FP32.eps
         of_dlogit = (g * scored * chain)[:, None] * (onehot + of_p)
+        if "softcap" in options:  # the slope of the cap bends within `softcap` of its argument
+            of_dlogit *= 1 + of_logit.amax(1, keepdim=True) * (4 + H**0.5) / options["softcap"]
+        # in a narrow dtype a dlogit is also rounded where it is not a normal number
+        of_dlogit += (g.clamp(min=1) * scored)[:, None] * torch.finfo(problem.weight.dtype).tiny
         return {
             "logps": of_logp.view(problem.target.shape),
             "largest logit": z.abs().nan_to_num(posinf=0).amax() if z.numel() else z.new_zeros(()),
@@ -432,7 +438,8 @@ def _assert_within_bound(
     smallest = torch.finfo(ours.dtype).smallest_normal * ulp
     size = exact[finite].abs()
     error = (ours.double() - exact)[finite].abs()
-    allowed = 2 * (eager.double() - exact)[finite].abs()
+    # an eager result that left the range of its dtype allows nothing
+    allowed = 2 * (eager.double() - exact)[finite].abs().nan_to_num(nan=0.0, posinf=0.0)
     floor = ulp * size.max() + FP32.eps * (4 * size.max() + magnitude) + smallest
     bound = allowed.max() + floor
     if whole or scale is None:
