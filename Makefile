@@ -16,7 +16,7 @@ test: $(READY)
 
 # The property tests at length, some 30,000 random cases in a quarter of an hour on one core; CASES=N
 # for another number a property, SEED=N for the cases of an earlier run, whose seed it printed.
-CASES ?= 2000
+CASES ?= 1500
 SEED ?=
 fuzz: $(READY)
 	$(BIN)/python benchmarks/fuzz.py --cases $(CASES) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -1,6 +1,6 @@
 """The property tests at length: random shapes, strides, dtypes, options and labels against fp64.
 
-    python benchmarks/fuzz.py --cases 2000    # of each property, times its share; a quarter hour
+    python benchmarks/fuzz.py --cases 1500    # of each property, times its share; a quarter hour
     python benchmarks/fuzz.py --seed 123456   # the cases of an earlier run, which printed its seed
 
 Counts the cases that ran to the end, by property and backend. A case that fails is shrunk and
@@ -49,7 +49,7 @@ def by_property(rows: list[tuple[str, str, int]]) -> dict[str, dict[str, int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", type=int, default=2000, help="a property, default 2000")
+    parser.add_argument("--cases", type=int, default=1500, help="a property, default 1500")
     parser.add_argument("--seed", type=int, help="default: a random one")
     parser.add_argument("--result", type=Path, default=RESULT, help="JSON file")
     parser.add_argument("pytest", nargs="*", help="further arguments for pytest, after --")

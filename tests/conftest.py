@@ -222,7 +222,8 @@ def rounding_scale() -> Callable[[HeadProblem], dict[str, Tensor]]:
         of_p = z.softmax(1) * (1 + of_exp)[:, None] + FP32.smallest_normal / FP32.eps
         of_dlogit = (g * scored * chain)[:, None] * (onehot + of_p)
         if "softcap" in options:  # the slope of the cap bends within `softcap` of its argument
-            of_dlogit *= 1 + of_logit.amax(1, keepdim=True) * (4 + H**0.5) / options["softcap"]
+            of_slope = (4 + H**0.5) * of_logit.amax(1, keepdim=True) / options["softcap"]
+            of_dlogit += (g * scored * chain)[:, None] * (onehot + z.softmax(1)) * of_slope
         # in a narrow dtype a dlogit is also rounded where it is not a normal number
         of_dlogit += (g.clamp(min=1) * scored)[:, None] * torch.finfo(problem.weight.dtype).tiny
         return {

@@ -477,7 +477,7 @@ bad_cases = st.builds(
 )
 
 
-@fuzzed(100, 2.0)
+@fuzzed(100, 3.0)
 @given(case=bad_cases)
 def test_a_mutation_beside_random_shapes(case):
     tried = mutations(case.function, calls(case.shapes)[case.function][1])

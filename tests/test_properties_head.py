@@ -86,7 +86,7 @@ def test_token_logprobs(case, head_problem, assert_within_bound):
     of_p = p * (1 + torch.expm1(FP32.eps * of_logp) / FP32.eps)[..., None]
     of_dlogits = 8 * g * (onehot + of_p + FP32.smallest_normal / FP32.eps)
     if "softcap" in options:
-        of_dlogits *= 1 + of_logit[..., None] / options["softcap"]
+        of_dlogits += g * (onehot + p) * of_logit[..., None] / options["softcap"]
     for i, scale in enumerate((of_logp, of_dlogits)):
         parts = (found[name][i] for name in ("ours", "eager", "exact"))
         assert_within_bound(*parts, scale=scale, whole=False, name=("logps", "dlogits")[i])
@@ -154,7 +154,9 @@ def test_statistics(case, head_problem, rounding_scale, assert_within_bound):
     of_logp, V = scale["logps"], head.V
     of_log_p = torch.expm1(FP32.eps * of_logp) / FP32.eps  # a relative error of p, not of log p
     if "is_top1" in names:
-        sure = top1_is_sure(problem, exact_problem, FP32.eps * of_logp)
+        # the reference forms logits in the dtype of the inputs
+        dtype = head.dtype if head.backend == "reference" else torch.float32
+        sure = top1_is_sure(problem, exact_problem, torch.finfo(dtype).eps * of_logp)
         assert torch.equal(ours["is_top1"][sure], exact["is_top1"][sure])
     scales = {"logps": of_logp, "log_sum_sq_prob": 2 * of_log_p}
     scales["mean_logit"] = of_logp * (1 + V**0.5)
@@ -199,8 +201,8 @@ def with_entropy(scale, problem, entropy, dentropy, of_log_p):
     of_p = log_p.exp() + FP32.smallest_normal / FP32.eps
     d = dentropy.flatten().double().abs() * scored
     off = 1 + of_log_p.flatten()[:, None]
-    if "softcap" in options:
-        off = off * (1 + off / options["softcap"])
+    if "softcap" in options:  # whose slope bends within `softcap`
+        off = off * (1 + 1 / options["softcap"])
     of_dlogit = (d * chain)[:, None] * of_p * wide * off
     of_dlogit += (d.clamp(min=1) * scored)[:, None] * torch.finfo(problem.weight.dtype).tiny
     N, V = z.shape

@@ -86,7 +86,7 @@ class LossCase:
         return KLBaseline(*(torch.tensor(z, dtype=torch.float64) for z in given))
 
 
-divisors = st.sampled_from([0.0, 1.0, 7.0, 1e9])
+divisors = st.sampled_from([7.0, 0.0, 1.0, 1e9])
 loss_cases = st.builds(
     LossCase,
     backend=backends_of("torch", "native"),
@@ -103,7 +103,7 @@ loss_cases = st.builds(
 )
 
 
-@fuzzed(60, 1.5)
+@fuzzed(60, 2.0)
 @given(case=loss_cases)
 def test_step_kto_loss(case, layout, assert_within_bound):
     segments, config = layout(case.batch, case.order), case.config
@@ -174,7 +174,7 @@ def fused_cases(draw, matched=True):
         batch=draw(sequences(2 if head.backend == "triton" else 5)),
         order=draw(ORDERS),
         config=config,
-        ratio=draw(st.sampled_from([0.0, 1.0, 20.0])),
+        ratio=draw(st.sampled_from([1.0, 0.0, 20.0])),
         normalizer=draw(st.none() | st.tuples(divisors, divisors)),
         gradient_bound=draw(st.sampled_from([0, 0.0])),
     )
@@ -212,7 +212,31 @@ class Fused:
         return loss
 
 
-@fuzzed(60)
+def flushed_gradients(problem, upstream):
+    """What is lost where a slope or dlogit is below fp32's normal numbers, before it is scaled.
+
+    Gradients are made in the forward pass, so a huge upstream gradient comes after that.
+    """
+    least = FP32.tiny * upstream.abs().clamp(min=1).double()
+    h, w = problem.hidden.double(), problem.weight.double()
+    return {
+        "dhidden": least * (1 + w.abs().sum(0)),
+        "dweight": least * (1 + h.reshape(-1, w.shape[1]).abs().sum(0)),
+        "dbias": least * (1 + problem.target.numel()),
+    }
+
+
+def error_of_u(made, off):
+    """Of the segment where it is largest, from the errors of log-probs, whose signs are random.
+
+    Twice, as z may be as far off as r is; at 50 a term is not known at all.
+    """
+    squares = reference.segment_sums(off.square(), made.segments)
+    largest = max((x.max().item() for x in squares if len(x)), default=0.0)
+    return min(2 * max(made.config.beta, made.config.step_beta or 0.0) * largest**0.5, 50.0)
+
+
+@fuzzed(60, 0.8)
 @given(case=fused_cases())
 def test_fused_loss(case, head_problem, layout, evaluate, rounding_scale, assert_within_bound):
     made = Fused(case, head_problem, layout)
@@ -232,29 +256,31 @@ def test_fused_loss(case, head_problem, layout, evaluate, rounding_scale, assert
     )
     slopes = slopes_in_parts(wide, made.exact_logps, case.config) * upstream.abs()
     scale = rounding_scale(replace(problem, upstream=slopes))
-    # a log-prob is off by `off`, r and z by a sum of those, a term and its slope by e**du - 1
+    # a log-prob is off by `off`, and a term and its slope, relatively, by e**du - 1
     off = FP32.eps * scale["logps"]
     if case.config.ratio_clip is not None:
         ratio = made.exact_logps - made.ref_logps.double()
         edges = [(ratio - edge).abs() <= 2 * off for edge in case.config.ratio_clip]
         assume(not torch.stack(edges).any())  # whether such a token is clipped is not known
-    totals = reference.segment_sums(off, made.segments)
-    largest = max((x.max().item() for x in totals if len(x)), default=0.0)
-    du = min(2 * max(case.config.beta, case.config.step_beta or 0.0) * largest, 50.0)
+    du = error_of_u(made, off)
     of_term = 4 + math.expm1(du) / FP32.eps
-    unit = case.head.unit
+    # on the CPU its dlogits are fp32 whatever the inputs, except Triton's
+    narrow = case.backend in ("triton", "reference")
+    unit = torch.finfo(case.head.dtype if narrow else torch.float32).eps
+    flushed = flushed_gradients(problem, upstream)
     for name, value in ours.items():
         if name == "logps":  # `evaluate` calls so what the function returns
             floor = {"scale": exact[name].abs() * of_term, "unit": FP32.eps}
             dtype, name_here = torch.float32, "loss"
         else:
-            floor = {"scale": scale[name] * (1 + math.expm1(du) / unit), "unit": unit}
+            of = scale[name] * (1 + math.expm1(du) / unit) + flushed[name] / unit
+            floor = {"scale": of, "unit": unit}
             dtype, name_here = case.head.dtype, name
         assert value.dtype == dtype
         assert_within_bound(value, eager[name], exact[name], whole=False, name=name_here, **floor)
 
 
-@fuzzed(30)
+@fuzzed(30, 0.5)
 @given(case=fused_cases())
 def test_fused_loss_has_the_bits_of_the_composition(case, head_problem, layout):
     """Loss and metrics, by any backend, block and tile."""
@@ -277,7 +303,7 @@ def test_fused_loss_has_the_bits_of_the_composition(case, head_problem, layout):
     assert torch.equal(metrics.totals, want_metrics.totals)
 
 
-@fuzzed(20, 0.5)
+@fuzzed(20, 0.3)
 @given(case=fused_cases(), training=st.booleans(), batches=st.integers(1, 4))
 def test_module(case, training, batches, head_problem, layout):
     """StepKTOLoss is the function with its options bound, and a mean of reference points."""
@@ -401,7 +427,7 @@ def add_up(normalizers):
     )
 
 
-@fuzzed(40)
+@fuzzed(40, 0.7)
 @given(case=split_cases())
 def test_micro_batches_add_up(case, head_problem, layout):
     """Loss, gradient of each token and metrics of step_kto_loss with the normalizer of all."""
@@ -452,7 +478,7 @@ def baseline_or_none(config, baseline):
     return baseline if needs_baseline(config) else None
 
 
-@fuzzed(25, 0.5)
+@fuzzed(25, 0.3)
 @given(case=split_cases(smooth=True))
 def test_gradients_of_micro_batches_add_up(
     case, head_problem, layout, evaluate, rounding_scale, assert_within_bound
@@ -483,12 +509,11 @@ def test_gradients_of_micro_batches_add_up(
     )
     slopes = slopes_in_parts(wide, made.exact_logps, config)
     scale = rounding_scale(replace(problem, upstream=slopes))
-    totals = reference.segment_sums(FP32.eps * scale["logps"], made.segments)
-    largest = max((x.max().item() for x in totals if len(x)), default=0.0)
-    du = min(2 * max(config.beta, config.step_beta or 0.0) * largest, 50.0)
+    du = error_of_u(made, FP32.eps * scale["logps"])
+    flushed = flushed_gradients(problem, problem.upstream)
     unit = torch.finfo(head.dtype).eps  # each micro-batch's gradient is rounded to it
     for name, value in found.items():
-        of = scale[name] * (2 + math.expm1(du) / unit)
+        of = scale[name] * (2 + math.expm1(du) / unit) + flushed[name] / unit
         narrow = value.to(head.dtype)
         assert_within_bound(
             narrow, eager[name], exact[name], scale=of, unit=unit, whole=False, name=name

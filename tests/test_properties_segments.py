@@ -72,7 +72,7 @@ def members(index, i):
     return [t for t, where in enumerate(index.tolist()) if where == i]
 
 
-@fuzzed(40)
+@fuzzed(40, 2.0)
 @given(case=sum_cases)
 def test_segment_sums(case, layout):
     """The fp64 sum in any order, rounded once; the gradient is looked up and added."""
@@ -161,7 +161,7 @@ def packed_and_padded(case):
     return packed, padded, torch.tensor(where, dtype=torch.int64)
 
 
-@fuzzed(40)
+@fuzzed(40, 2.0)
 @given(case=layout_cases())
 def test_packed_and_padded_layouts(case):
     packed, padded, where = packed_and_padded(case)
@@ -208,7 +208,7 @@ wrong_cases = st.builds(
 )
 
 
-@fuzzed(40)
+@fuzzed(40, 1.5)
 @given(case=wrong_cases)
 def test_validate_finds_a_wrong_value(case, layout):
     """One value is changed: `validate` raises if and only if that breaks a rule, and names it."""
@@ -304,7 +304,7 @@ def test_reference_points(case, cut, labelled_only, layout):
         assert abs(difference.item()) <= 2 * n * FP64.eps * size
 
 
-@fuzzed(20, 0.5)
+@fuzzed(20)
 @given(case=st.builds(replace, sum_cases, config=configs()))
 def test_normalizer_counts_labels(case, layout):
     segments, config = layout(case.batch, case.order), case.config
