@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]  # the package need not be installed
+os.environ["OMP_NUM_THREADS"] = "1"  # problems are tiny; here and in the tests
 
 from stepkto_kernels.bench.environment import environment  # noqa: E402
 
@@ -63,7 +64,6 @@ def main() -> int:
             **os.environ,
             "STEPKTO_FUZZ": str(args.cases),
             "STEPKTO_FUZZ_COUNTS": str(counts),
-            "OMP_NUM_THREADS": "1",  # problems are tiny
         }
         done = subprocess.run(
             [
@@ -76,8 +76,9 @@ def main() -> int:
         rows = json.loads(counts.read_text()) if counts.exists() else []
         failed = failures(report) if report.exists() else []
     properties = by_property(rows)
+    command = f"python benchmarks/fuzz.py --cases {args.cases} --seed {seed}"
     result = {
-        "environment": environment("cpu", f"python benchmarks/fuzz.py --cases {args.cases}"),
+        "environment": environment("cpu", command),
         "seed": seed,
         "cases": sum(sum(each.values()) for each in properties.values()),
         "seconds": round(time.monotonic() - start),
