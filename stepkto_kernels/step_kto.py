@@ -314,10 +314,8 @@ def kl_totals(
     context_name(context_group)
     if context_group is not None:
         batch.all_reduce(context_group)
-    if labelled_only:
-        counted = batch.labelled
-    else:
-        counted = tuple(tokens > 0 for tokens in batch.tokens)
+    outcome_tokens, step_tokens = batch.tokens
+    counted = batch.labelled if labelled_only else (outcome_tokens > 0, step_tokens > 0)
     parts = [mean_over(batch.r(level), counted[level]) for level in (0, 1)]
     return KLTotals(torch.stack([value for part in parts for value in part]))
 
