@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test fuzz faults leaks results bench reproduce gpu sanitize-gpu setup clean
+.PHONY: demo test matrix fuzz sanitize faults leaks results bench reproduce gpu sanitize-gpu setup clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output out/demo $(ARGS)
@@ -20,6 +20,14 @@ CASES ?= 1500
 SEED ?=
 fuzz: $(READY)
 	$(BIN)/python benchmarks/fuzz.py --cases $(CASES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# The C++ extension under the compilers' sanitizers: address, undefined, thread.
+sanitize: $(READY)
+	$(BIN)/python benchmarks/sanitize.py $(ARGS)
+
+# The tests on other Pythons, with the oldest torch, and without what is optional; downloads 6 GB.
+matrix: $(READY)
+	$(BIN)/python benchmarks/matrix.py $(ARGS)
 
 # Kills, damaged files, full disks and failing judges: tests/test_faults.py at length, some minutes.
 faults: $(READY)

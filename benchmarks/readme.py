@@ -166,20 +166,61 @@ def trainer_table(result: Result) -> str:
     return f"{table}\n{footer(result)}"
 
 
+def trust_table(
+    fuzz: Result, faults: Result, sanitize: Result, leaks: Result, matrix: Result
+) -> str:
+    """What was tried and how it ended, a row a kind."""
+    rows = [["random cases against fp64", fuzz["cases"], fuzz["cases"], 0, len(fuzz["failures"])]]
+    for name, count in faults["faults"].items():
+        rows.append([name, *(count[k] for k in ("injected", "survived", "stopped", "lost"))])
+    for row in sanitize["rows"]:
+        passed, wrong = outcome(row)
+        name = f"tests under {row['sanitizer'].capitalize()}Sanitizer"
+        rows.append([name, passed + wrong, passed, 0, wrong + row["reports"]])
+    calls = [*leaks["calls"].values(), *leaks["trainings"].values()]
+    grew = sum(bool(case["grew"]) for case in calls)
+    rows.append(["is memory flat? ops and trainings", len(calls), len(calls) - grew, 0, grew])
+    for row in matrix["rows"]:
+        if "left_out" in row:
+            rows.append([f"tests {row['leg']}: {row['left_out']}", 0, 0, 0, 0])
+            continue
+        passed, wrong = outcome(row)
+        name = f"tests {row['leg']}" if row["leg"].startswith("with") else f"tests, {row['leg']}"
+        rows.append([name, passed + wrong, passed, 0, wrong])
+    table = [[name, *(f"{number:,}" for number in numbers)] for name, *numbers in rows]
+    parts = [markdown_table(["", "tried", "survived", "stopped", "lost"], table), "\n"]
+    for result in (fuzz, faults, sanitize, leaks, matrix):
+        found = result["environment"]
+        parts.append(f"`{found['command']}`: {found['date']}, commit {found['commit']}.\n")
+    return "".join(parts) + f"{fuzz['environment']['device']}.\n"
+
+
+def outcome(row: Result) -> tuple[int, int]:
+    """Tests that passed and that did not, of those that were not skipped."""
+    wrong = row["failures"] + row["errors"]
+    return row["tests"] - row["skipped"] - wrong, wrong
+
+
 SUITES: dict[str, Callable[[Result], str]] = {
     "head": ratio_table,
     "loss": ratio_table,
     "memory": memory_table,
     "accuracy": accuracy_table,
 }
-TABLES = {f"{suite}_{d}": table for d in ("cpu", "cuda") for suite, table in SUITES.items()}
+TABLES: dict[str, Callable[..., str]] = {
+    f"{suite}_{d}": table for d in ("cpu", "cuda") for suite, table in SUITES.items()
+}
 TABLES["demo"] = demo_table
 TABLES["trainer_cpu"] = trainer_table
 TABLES["reproduction"] = reproduction_table
+TABLES["trust"] = trust_table
+SOURCES = {"trust": ("fuzz", "faults", "sanitize", "leaks", "matrix")}  # else the table's own name
 
 
 def command(name: str) -> str:
     suite, _, device = name.partition("_")
+    if name in SOURCES:
+        return " && ".join(f"make {source}" for source in SOURCES[name])
     if not device:
         return "make reproduce" if suite == "reproduction" else "make results"
     if suite == "trainer":
@@ -195,17 +236,18 @@ def rewritten(text: str) -> tuple[str, list[str]]:
         marked = begin in text and end in text
         before, _, rest = text.partition(begin)
         old, _, after = rest.partition(end)
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
+        paths = [RESULTS / f"{source}.json" for source in SOURCES.get(name, (name,))]
+        missing = [path.name for path in paths if not path.exists()]
+        if missing:
             if marked and old:
                 problems.append(f"the table {name} has no result; measure it: {command(name)}")
             elif marked:
-                print(f"no {path.name} yet; measure it: {command(name)}")
+                print(f"no {', '.join(missing)} yet; measure it: {command(name)}")
         elif not marked:
-            problems.append(f"README.md has no marks for {path.name}; add\n{begin}{end}")
+            problems.append(f"README.md has no marks for {name}; add\n{begin}{end}")
         else:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            text = before + begin + table(result) + end + after
+            results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            text = before + begin + table(*results) + end + after
     return text, problems
 
 

@@ -1,0 +1,210 @@
+"""The tests in other environments: other Pythons, the oldest torch, without what is optional.
+
+    python benchmarks/matrix.py                      # a quarter of an hour, mostly downloads
+    python benchmarks/matrix.py --only "without Triton"
+
+Each environment is a virtual environment of its own in which the package is installed from the
+checkout, not in place. A Python that is not there is left out and named; it is looked for in PATH
+and among pyenv's. Where pip has no CPU build of a torch, it takes the CUDA build (3 GB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the package need not be installed
+
+from stepkto_kernels.bench.environment import environment  # noqa: E402
+
+OUT = ROOT / "out/matrix"
+RESULT = ROOT / "benchmarks/results/matrix.json"
+THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+LOSS = ["linear_logprobs", "targets", "nan", "fused", "step_kto", "ops", "plan", "cli"]
+TRAINING = ["data", "collator", "trainer", "train_command", "label", "sampler"]
+
+
+class Leg(NamedTuple):
+    """One environment.
+
+    python: its version. torch: "pinned", as constraints.txt says, or a requirement. extras: of the
+    package. without: packages to take out again. extension: whether the C++ one is built.
+    tests: files of tests/.
+    """
+
+    name: str
+    python: str = THIS_PYTHON
+    torch: str = "pinned"
+    extras: str = ""
+    without: tuple[str, ...] = ()
+    extension: bool = True
+    tests: list[str] = LOSS
+
+
+LEGS = [
+    Leg("without Triton", extras="train", tests=[*LOSS, *TRAINING]),
+    Leg("without the extension", extras="triton", extension=False),
+    Leg("without transformers", extras="triton", tests=[*LOSS, "native", "native_boundary"]),
+    Leg("without any of the three", extension=False),
+    Leg("oldest torch, Python 3.10", "3.10", "torch==2.8.0", "train", tests=[*LOSS, *TRAINING]),
+    Leg("Python 3.12", "3.12", "pinned", "train", tests=[*LOSS, *TRAINING]),
+]
+
+
+def find_python(version: str) -> str | None:
+    """A Python of this version that runs."""
+    if version == THIS_PYTHON:
+        return sys.executable
+    home = os.environ.get("PYENV_ROOT", str(Path.home() / ".pyenv"))
+    found = [
+        shutil.which(f"python{version}"),
+        *glob.glob(f"{home}/versions/{version}.*/bin/python"),
+    ]
+    for python in filter(None, found):
+        code = "import sys, venv; print('%d.%d' % sys.version_info[:2])"
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        if done.returncode == 0 and done.stdout.strip() == version:
+            return python
+    return None
+
+
+def install(leg: Leg, python: str, folder: Path) -> Path:
+    """The environment's Python, the package and pytest installed."""
+    subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
+    inside = folder / "venv/bin/python"
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if leg.torch != "pinned":  # which brings the Triton that fits
+        pins = [pin for pin in pins if not pin.startswith(("torch==", "triton=="))]
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(pins) + "\n", encoding="utf-8")
+    pip = [inside, "-m", "pip", "install", "--disable-pip-version-check", "-q", "-c", constraints]
+    # torch first: with a requirement that is open upwards pip may prefer another build
+    subprocess.run([*pip, "torch" if leg.torch == "pinned" else leg.torch], check=True)
+    source = folder / "source"  # not the checkout, which may have a build of another kind
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("stepkto_kernels", "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    package = f"{source}[{leg.extras}]" if leg.extras else str(source)
+    settings = os.environ | {"STEPKTO_CUDA": "0"}
+    if not leg.extension:  # a machine without a compiler
+        settings |= {"CC": "false", "CXX": "false"}
+    subprocess.run([*pip, package, "pytest", "hypothesis"], check=True, env=settings)
+    if "Triton" in leg.name or "any" in leg.name:  # CUDA builds of torch bring it
+        subprocess.run([inside, "-m", "pip", "uninstall", "-q", "-y", "triton"], check=True)
+    return inside
+
+
+def versions(python: Path) -> dict[str, object]:
+    """What is there, as the environment itself says."""
+    code = """
+import importlib.metadata as m, json, platform, stepkto_kernels, torch
+def version(name):
+    try:
+        return m.version(name)
+    except m.PackageNotFoundError:
+        return None
+print(json.dumps({
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "triton": version("triton"),
+    "transformers": version("transformers"),
+    "backends": stepkto_kernels.available_backends(),
+    "where": stepkto_kernels.__file__,
+}))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [python, "-I", "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def expected(leg: Leg, found: dict[str, object]) -> bool:
+    """Whether what is there is what the leg is named after."""
+    backends = found["backends"]
+    assert isinstance(backends, dict)
+    has = {
+        "Triton": found["triton"] is not None,
+        "the extension": backends["native"] == "ok",
+        "transformers": found["transformers"] is not None,
+    }
+    missing = [name for name, there in has.items() if not there]
+    if leg.name.startswith("without"):
+        named = list(has) if "any" in leg.name else [leg.name.removeprefix("without ")]
+        return set(named) <= set(missing)
+    return str(found["python"]).startswith(leg.python + ".") and "the extension" not in missing
+
+
+def run(leg: Leg, python: str) -> dict[str, object]:
+    folder = OUT / re.sub(r"\W+", "_", leg.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start = time.monotonic()
+    inside = install(leg, python, folder)
+    found = versions(inside)
+    assert str(ROOT / "stepkto_kernels") not in str(found.pop("where")), "the checkout's package"
+    row: dict[str, object] = {"leg": leg.name, **found, "as_named": expected(leg, found)}
+    checkout = folder / "checkout"  # tests and what they read, not the package
+    for name in ("tests", "csrc"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", checkout)
+    report = folder / "junit.xml"
+    names = [f"tests/test_{name}.py" for name in leg.tests]
+    command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
+    done = subprocess.run(
+        [*command, f"--junitxml={report}"], cwd=checkout, capture_output=True, text=True
+    )
+    (folder / "output.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+    suite = ElementTree.parse(report).getroot()[0]
+    counts = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
+    if done.returncode != 0:
+        print(done.stdout[-4000:], file=sys.stderr)
+    shutil.rmtree(folder / "venv")
+    return row | counts | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    names = [leg.name for leg in LEGS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--result", type=Path, help=f"JSON file; with all legs {RESULT.name}")
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    for leg in LEGS:
+        if leg.name not in args.only:
+            continue
+        python = find_python(leg.python)
+        if python is None:
+            row: dict[str, object] = {"leg": leg.name, "left_out": f"no Python {leg.python} here"}
+        else:
+            row = run(leg, python)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    target = args.result or (RESULT if args.only == names else None)
+    if target is not None:
+        result = {"environment": environment("cpu", "python benchmarks/matrix.py"), "rows": rows}
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    ran = [row for row in rows if "left_out" not in row]
+    good = all(row["as_named"] and not row["failures"] and not row["errors"] for row in ran)
+    print(
+        f"{len(ran)} passed, 0 failed" if good else "some failed",
+        f"{len(rows) - len(ran)} left out",
+    )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
