@@ -182,9 +182,10 @@ def run_tests(sanitizer: Sanitizer, folder: Path, cases: int) -> dict[str, objec
     ]
     environment = started(sanitizer, folder) | {"STEPKTO_FUZZ": str(cases)}
     start = time.monotonic()
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    text = done.stdout + done.stderr
-    (folder / "output.txt").write_text(text, encoding="utf-8")
+    output = folder / "output.txt"
+    with output.open("w", encoding="utf-8") as file:
+        subprocess.run(command, cwd=folder, env=environment, stdout=file, stderr=file)
+    text = output.read_text(encoding="utf-8", errors="replace")
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     if report.exists():
         suite = ElementTree.parse(report).getroot()[0]

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t MAX_THREADS = 1024;
 constexpr int64_t LARGEST = std::numeric_limits<int64_t>::max();
 
-Tensors cpu_tensors() { return Tensors(TorchNames::get().cpu); }
+Tensors cpu_tensors() { return Tensors(Torch::get().cpu); }
 
 int number_of_threads(const py::object& threads) {
   return static_cast<int>(integer("threads", threads, 1, MAX_THREADS));
@@ -206,7 +206,7 @@ void run_array(const py::object& x, const py::object& out) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of stepkto_kernels; call them through stepkto_kernels.native";
-  TorchNames::get();
+  Torch::get();
 
   // module_local: _cuda has a Segments too, and tests load several builds
   const auto local = py::module_local();

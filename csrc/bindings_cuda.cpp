@@ -183,7 +183,7 @@ void run_token_slopes(
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of stepkto_kernels; call them through stepkto_kernels.cuda";
-  TorchNames::get();
+  Torch::get();
 
   // module_local: _native has a Segments too
   py::class_<Held<Segments>>(m, "Segments", py::module_local()).def(py::init([](

@@ -776,7 +776,7 @@ BAD = [
     ("gradient_bound", -0.1, r".*\[0, inf\].*, got -0.1"),
     ("gradient_bound", None, r"a number in \[0, inf\], got None"),
     ("backend", "cuda", r"one of 'auto', .*, got 'cuda'"),
-    ("group", object(), r"None.*, got <object"),
+    ("group", dict, r"None.*, got <class"),
 ]  # fmt: skip
 
 
