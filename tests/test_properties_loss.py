@@ -303,6 +303,36 @@ def test_fused_loss_has_the_bits_of_the_composition(case, head_problem, layout):
     assert torch.equal(metrics.totals, want_metrics.totals)
 
 
+@fuzzed(60, 0.8)
+@given(case=fused_cases())
+def test_fused_gradients_are_those_of_the_composition(
+    case, head_problem, layout, evaluate, assert_head_within_bound
+):
+    """Of the same log-probs, to the bit, and so of the same slopes: what is left is the head's.
+
+    Sharper than against fp64 of the whole, where a log-prob's rounding moves the slopes.
+    """
+    made = Fused(case, head_problem, layout)
+    problem, needs = made.problem, made.needs
+    assume(case.backend in ("torch", "native"))  # as above
+    parts = problem.hidden, problem.weight, problem.target, problem.bias
+    with case.head.tiles(), served_by("native" if case.backend == "native" else "torch"):
+        with torch.no_grad():
+            logps = linear_logprobs(*parts, **problem.options, backend=case.backend)
+        leaf = logps.clone().requires_grad_()
+        rest = made.segments, made.baseline, made.config, made.normalizer
+        (slopes,) = torch.autograd.grad(step_kto_loss(leaf, made.ref_logps, *rest)[0], leaf)
+        assume(within_range(slopes, dtype=case.head.dtype))
+        extra = {**case.head.call(), "gradient_bound": case.gradient_bound}
+        one = replace(problem, upstream=torch.tensor(1.0))
+        found = evaluate(made.loss(fused_linear_step_kto_loss, **extra), one, needs)
+    # "matched" has no fused pass: what linear_logprobs keeps for its gradient has the inputs' dtype
+    kept = case.head.dtype if case.config.reference_point == "matched" else torch.float32
+    unit = torch.finfo(kept).eps
+    composed = replace(problem, upstream=slopes)
+    assert_head_within_bound(found | {"logps": logps}, composed, needs, unit=unit, whole=False)
+
+
 @fuzzed(20, 0.3)
 @given(case=fused_cases(), training=st.booleans(), batches=st.integers(1, 4))
 def test_module(case, training, batches, head_problem, layout):
