@@ -11,8 +11,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python examples/demo.py --output out/demo $(ARGS)
 
+# JOBS files of tests at a time, on one thread each.
+JOBS ?= 2
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # The property tests at length, some 30,000 random cases in a quarter of an hour on one core; CASES=N
 # for another number a property, SEED=N for the cases of an earlier run, whose seed it printed.

@@ -164,7 +164,7 @@ ctypes.CDLL({str(folder / "probe.so")!r}).probe()
 """
     environment = started(sanitizer, folder)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
     )
     return done.returncode != 0 and REPORT.search(done.stderr) is not None
 

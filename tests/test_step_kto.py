@@ -744,7 +744,7 @@ def test_validate(name, value, message):
 def test_native_kernels_do_not_follow_values_that_point_outside(name, value, message):
     """Without validate: C++ reads and writes where indices and labels say."""
     segments = StepSegments(**{**GOOD_SEGMENTS, name: value})
-    with pytest.raises(ValueError, match=rf"^{name}\[\d\]: want a value in"):
+    with pytest.raises(ValueError, match=f"^{name}: want values in"):
         step_kto_loss(torch.zeros(3), torch.zeros(3), segments, KLBaseline(0.0, 0.0))
 
 
