@@ -23,7 +23,9 @@ from stepkto_kernels.plan import cut, even_chunk
 from stepkto_kernels.rows import LogSumExp, RowGradient, Tile, cap_slope
 from stepkto_kernels.shards import VocabParallel
 
-MIN_GEMM = 16  # below this many rows or columns a CPU GEMM gives a row other bits
+# Of CPU GEMMs. A row's bits depend on how threads share rows and columns out, unless both come in
+# multiples of this (measured with MKL, 1 to 128 threads; tests/test_determinism.py).
+GEMM_UNIT = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,14 +203,7 @@ def gemm_epilogue() -> ModuleType:
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b in fp32, into `out` where given. A row's bits do not depend on the number of rows."""
     if a.device.type == "cpu":
-        a, b = a.float(), b.float()
-        n, v = a.shape[0], b.shape[1]
-        if n < MIN_GEMM or v < MIN_GEMM:
-            a = torch.nn.functional.pad(a, (0, 0, 0, max(MIN_GEMM - n, 0)))
-            b = torch.nn.functional.pad(b, (0, max(MIN_GEMM - v, 0)))
-            product = torch.mm(a, b)[:n, :v]
-            return product.contiguous() if out is None else out.copy_(product)
-        return torch.mm(a, b, out=out) if out is not None else torch.mm(a, b)
+        return _mm_in_units(a.float(), b.float(), out)
     if a.dtype == torch.float32:
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
     if out is None:
@@ -216,11 +211,35 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+def _mm_in_units(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    """a @ b as products of whole units of rows and columns; what is left over is padded to one."""
+    shape = a.shape[0], b.shape[1]
+    if out is None:
+        out = a.new_empty(shape)
+    rows, columns = ([slice(0, k), slice(k, n)] for n in shape for k in [n - n % GEMM_UNIT])
+    pad = torch.nn.functional.pad
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            part = out[row, column]
+            if not part.numel():
+                continue
+            left, right = a[row], b[:, column]
+            if i == 0 and j == 0:
+                torch.mm(left, right, out=part)
+                continue
+            if i == 1:
+                left = pad(left, (0, 0, 0, GEMM_UNIT - len(left)))
+            if j == 1:
+                right = pad(right, (0, GEMM_UNIT - right.shape[1]))
+            part.copy_(torch.mm(left, right)[: part.shape[0], : part.shape[1]])
+    return out
+
+
 def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b. total is fp32; a is rounded to b's dtype where that is narrower."""
     a = a.to(b.dtype)
     if total.device.type == "cpu":
-        if total.shape[0] < MIN_GEMM:
+        if total.shape[0] < GEMM_UNIT:
             total.add_(mm(a, b))
         else:
             total.addmm_(a.float(), b.float())

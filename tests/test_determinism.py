@@ -26,7 +26,9 @@ STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_prob")
 
 @pytest.mark.parametrize("mode", ["forward", "frozen", "cached", "recompute"])
 @pytest.mark.parametrize(
-    "size", [(37, 300, 64), (700, 4100, 64), (64, 18992, 33), (5, 300, 1)], ids=str
+    "size",
+    [(37, 300, 64), (700, 4100, 64), (64, 18992, 33), (5, 300, 1), (27, 40, 10), (17, 99, 4096)],
+    ids=str,
 )
 def test_any_number_of_threads(head_problem, evaluate, backend, size, mode):
     """Log-probs: the GEMMs of the gradients may add up in another order."""
@@ -37,13 +39,33 @@ def test_any_number_of_threads(head_problem, evaluate, backend, size, mode):
     needs = {"forward": (), "frozen": ("hidden",)}.get(mode, ("hidden", "weight", "bias"))
     budget = 10**9 if mode == "cached" else None
     found = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 8, 64):  # also more than there are processors
         torch.set_num_threads(threads)
         found.append(
             evaluate(linear_logprobs, problem, needs, memory_budget=budget, backend=backend)
         )
     for other in found[1:]:
         assert torch.equal(other["logps"], found[0]["logps"])
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8, 16, 64])
+def test_any_selection_with_any_number_of_threads(head_problem, backend, threads):
+    """Threads share rows and columns out, and a row's bits must not depend on its share."""
+    if backend == "triton":
+        pytest.skip("has no threads of its own")
+    torch.set_num_threads(threads)
+    for N, V, H in ((14, 21, 33), (17, 40, 5), (128, 1000, 10), (300, 2100, 64)):
+        problem = head_problem(N, V, H, ignored="none")
+        call = lambda rows: linear_logprobs(
+            problem.hidden[rows],  # noqa: B023
+            problem.weight,  # noqa: B023
+            problem.target[rows],  # noqa: B023
+            backend=backend,
+        )
+        whole = call(slice(None))
+        for kept in (1, 5, N // 2, 3 * N // 4, N):
+            rows = torch.randperm(N)[:kept]
+            assert torch.equal(call(rows), whole[rows]), (N, V, H, kept)
 
 
 @pytest.fixture(scope="module")
