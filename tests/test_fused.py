@@ -4,6 +4,7 @@ Letters: N tokens, H hidden size, V vocabulary, B sequences, S steps.
 """
 
 import copy
+import math
 import random
 import warnings
 from dataclasses import replace
@@ -460,15 +461,20 @@ def test_held_logits_fit_the_memory_budget(problem_of, evaluate, layout, allocat
     ("rows", "recomputed"), [(1000, 0), (80, 0), (48, 64)], ids=["one block", "two", "one too long"]
 )
 def test_gemm_units(problem_of, evaluate, layout, gemm_flops, needs, rows, recomputed):
-    """A unit forward and one a gradient, of labelled tokens alone; one more for a long sequence."""
+    """A unit forward and one a gradient, of labelled tokens alone; one more for a long sequence.
+
+    Logits are of whole units of 16 columns.
+    """
     labelled = ((1, ((1, 30),), 34), (0, ((0, 48),), 0))
     segments = layout((*labelled, (-1, ((-1, 50),), 7)))
     problem, ref_logps = problem_of(segments, bias=False)
     function = fused(segments, ref_logps, BASELINE, CONFIG)
     call = {"memory_budget": in_bytes(rows)}
-    units = 1 + len(needs)
-    tokens = units * (64 + 48) + (recomputed if needs else 0)
-    assert gemm_flops(lambda: evaluate(function, problem, needs, **call)) == tokens * 2 * V * 64
+    tokens = 64 + 48
+    logits = (tokens + (recomputed if needs else 0)) * math.ceil(V / 16) * 16
+    gradients = len(needs) * tokens * V
+    flops = gemm_flops(lambda: evaluate(function, problem, needs, **call))
+    assert flops == 2 * 64 * (logits + gradients)
 
 
 # ---- backends and refused arguments -----------------------------------------------------------
