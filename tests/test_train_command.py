@@ -140,6 +140,27 @@ def test_trains_evaluates_saves_and_resumes(config, capsys, inputs, tmp_path):
     assert [line.split(":")[0] for line in resumed] == ["step 3/3"] * 2
 
 
+def test_a_finished_training_takes_no_step_when_it_is_resumed(config, capsys, tmp_path):
+    """Ended within an epoch: transformers' Trainer would take one more."""
+    words = [
+        "train",
+        "--config",
+        config(),
+        "--max-steps",
+        "3",
+        "--per-device-train-batch-size",
+        "2",
+    ]
+    words += ["--save-steps", "1", "--logging-steps", "1"]
+    assert main(words) == 0
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    assert "step 3/3" in capsys.readouterr().out
+    (tmp_path / "out/model.safetensors").unlink()
+    assert main([*words, "--resume", "last"]) == 0
+    assert "step " not in capsys.readouterr().out
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+
+
 def test_lora(config, capsys, tmp_path):
     pytest.importorskip("peft")
     assert main(["train", "--config", config(), "--lora-rank", "4"]) == 0

@@ -24,16 +24,17 @@ def step_of(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def seal(folder: Path, settings: Mapping[str, Any]) -> None:
+def seal(folder: Path, settings: Mapping[str, Any], with_state: bool = False) -> None:
     """Put the files of a checkpoint on disk, and then a list of them, with what they belong to.
 
     Args:
         settings: what JSON can hold, of `check_settings`.
+        with_state: trainer_state.json is there too, which Trainer writes last.
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name not in (SEAL, STATE):
+        if name != SEAL and (with_state or name != STATE):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             files[name] = mark(path)

@@ -105,6 +105,15 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         with writing(folder):
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:  # once more, with what was written behind the seal
+                checkpoints.seal(folder, self.checkpoint_settings(), with_state=True)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which takes a step too many where a training ended within an epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # the last that all ranks write; behind it come trainer_state.json and the removal of old
