@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,7 +166,11 @@ def run(leg: Leg, python: str) -> dict[str, object]:
     names = [f"tests/test_{name}.py" for name in leg.tests]
     command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
     done = subprocess.run(
-        [*command, f"--junitxml={report}"], cwd=checkout, capture_output=True, text=True
+        [*command, f"--junitxml={report}"],
+        cwd=checkout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     (folder / "output.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     suite = ElementTree.parse(report).getroot()[0]
@@ -176,23 +181,24 @@ def run(leg: Leg, python: str) -> dict[str, object]:
     return row | counts | {"seconds": round(time.monotonic() - start, 1)}
 
 
+def run_if_there(leg: Leg) -> dict[str, object]:
+    python = find_python(leg.python)
+    row: dict[str, object] = {"leg": leg.name, "left_out": f"no Python {leg.python} here"}
+    if python is not None:
+        row = run(leg, python)
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = [leg.name for leg in LEGS]
     parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--jobs", type=int, default=2, help="at a time, default 2")
     parser.add_argument("--result", type=Path, help=f"JSON file; with all legs {RESULT.name}")
     args = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    for leg in LEGS:
-        if leg.name not in args.only:
-            continue
-        python = find_python(leg.python)
-        if python is None:
-            row: dict[str, object] = {"leg": leg.name, "left_out": f"no Python {leg.python} here"}
-        else:
-            row = run(leg, python)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(run_if_there, [leg for leg in LEGS if leg.name in args.only]))
     target = args.result or (RESULT if args.only == names else None)
     if target is not None:
         result = {"environment": environment("cpu", "python benchmarks/matrix.py"), "rows": rows}
