@@ -169,9 +169,12 @@ ctypes.CDLL({str(folder / "probe.so")!r}).probe()
     return done.returncode != 0 and REPORT.search(done.stderr) is not None
 
 
-def run_tests(sanitizer: Sanitizer, folder: Path, cases: int) -> dict[str, object]:
+def run_tests(
+    sanitizer: Sanitizer, folder: Path, cases: int, only: list[str] | None
+) -> dict[str, object]:
     """Numbers of tests by outcome, and what the sanitizer reported."""
-    names = [f"tests/test_{name}.py" for name in sanitizer.tests]
+    files = [name for name in sanitizer.tests if only is None or name in only]
+    names = [f"tests/test_{name}.py" for name in files]
     report = folder / "junit.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
     # what runs none of our C++
@@ -196,6 +199,7 @@ def run_tests(sanitizer: Sanitizer, folder: Path, cases: int) -> dict[str, objec
     return counts | {
         "reports": len(REPORT.findall(text)),
         "unfinished": unfinished,
+        "files": files,
         "cases_each": cases,
         "seconds": round(time.monotonic() - start, 1),
     }
@@ -206,6 +210,9 @@ def main() -> int:
     names = ("address", "undefined", "thread")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--cases", type=int, default=500, help="of each property")
+    parser.add_argument(
+        "--files", nargs="+", choices=[*TESTS, "cuda"], help="of tests, all of them"
+    )
     parser.add_argument("--result", type=Path, default=RESULT, help="JSON file")
     args = parser.parse_args()
     rows, good = [], True
@@ -220,13 +227,16 @@ def main() -> int:
         version = subprocess.check_output([sanitizer.compiler, "--version"], text=True)
         row["compiler"] = version.split("\n")[0]
         row["sees_a_deliberate_fault"] = sees_faults(sanitizer, folder)
-        row |= run_tests(sanitizer, folder, args.cases)
+        row |= run_tests(sanitizer, folder, args.cases, args.files)
         print(json.dumps(row), flush=True)
         rows.append(row)
         wrong = row["failures"], row["errors"], row["reports"], row["unfinished"]
         good = good and bool(row["sees_a_deliberate_fault"]) and not any(wrong)
     if tuple(args.only) == names:
-        result = {"environment": environment("cpu", "python benchmarks/sanitize.py"), "rows": rows}
+        command = "python benchmarks/sanitize.py"
+        if args.files:
+            command += f" --cases {args.cases} --files {' '.join(args.files)}"
+        result = {"environment": environment("cpu", command), "rows": rows}
         args.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if good else 1
 
