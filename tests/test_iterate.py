@@ -304,7 +304,7 @@ def test_killed_for_real_it_takes_its_training_with_it(inputs, tmp_path, monkeyp
     assert checkpoints.newest(part) is not None
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=300):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen"

@@ -509,7 +509,7 @@ def test_a_trainer_made_before_runs_on_our_head_too(trainer, calls):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"memory_budget": -1}, "^memory_budget: want a number of bytes >= 0, or None, got -1"),
+        ({"memory_budget": -1}, "^memory_budget: want a number of bytes >= 0 and .*, got -1"),
         ({"backend": "liger"}, "^backend: want one of 'auto', .*, got 'liger'"),
     ],
 )
