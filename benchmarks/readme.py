@@ -191,7 +191,8 @@ def trust_table(
     parts = [markdown_table(["", "tried", "survived", "stopped", "lost"], table), "\n"]
     for result in (fuzz, faults, sanitize, leaks, matrix):
         found = result["environment"]
-        parts.append(f"`{found['command']}`: {found['date']}, commit {found['commit']}.\n")
+        note = f" ({found['note']})" if "note" in found else ""
+        parts.append(f"`{found['command']}`: {found['date']}, commit {found['commit']}{note}.\n")
     return "".join(parts) + f"{fuzz['environment']['device']}.\n"
 
 

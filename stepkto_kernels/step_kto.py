@@ -183,15 +183,13 @@ def step_kto_loss(
     return loss, StepKTOMetrics(totals)
 
 
-def check_group(group: object) -> None:
-    checks.require(
-        group is None or isinstance(group, Group), "group", "None or a ProcessGroup", group
-    )
+def check_group(group: object, name: str = "group") -> None:
+    fits = group is None or isinstance(group, Group)
+    checks.require(fits, name, "None or a ProcessGroup", group)
 
 
 def context_name(group: Group | None) -> str:
-    fits = group is None or isinstance(group, Group)
-    checks.require(fits, "context_group", "None or a ProcessGroup", group)
+    check_group(group, "context_group")
     return "" if group is None else group.group_name
 
 
