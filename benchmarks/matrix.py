@@ -53,13 +53,13 @@ class Leg(NamedTuple):
     tests: list[str] = LOSS
 
 
-LEGS = [
+LEGS = [  # downloads early: they leave the cores to the others' tests
+    Leg("oldest torch, Python 3.10", "3.10", "torch==2.8.0", "train", tests=[*LOSS, *TRAINING]),
     Leg("without Triton", extras="train", tests=[*LOSS, *TRAINING]),
+    Leg("Python 3.12", "3.12", "pinned", "train", tests=[*LOSS, *TRAINING]),
     Leg("without the extension", extras="triton", extension=False),
     Leg("without transformers", extras="triton", tests=[*LOSS, "native", "native_boundary"]),
     Leg("without any of the three", extension=False),
-    Leg("oldest torch, Python 3.10", "3.10", "torch==2.8.0", "train", tests=[*LOSS, *TRAINING]),
-    Leg("Python 3.12", "3.12", "pinned", "train", tests=[*LOSS, *TRAINING]),
 ]
 
 
@@ -155,6 +155,7 @@ def run(leg: Leg, python: str) -> dict[str, object]:
     folder.mkdir(parents=True)
     start = time.monotonic()
     inside = install(leg, python, folder)
+    installed = time.monotonic()
     found = versions(inside)
     assert str(ROOT / "stepkto_kernels") not in str(found.pop("where")), "the checkout's package"
     row: dict[str, object] = {"leg": leg.name, **found, "as_named": expected(leg, found)}
@@ -164,7 +165,7 @@ def run(leg: Leg, python: str) -> dict[str, object]:
     shutil.copy(ROOT / "pyproject.toml", checkout)
     report = folder / "junit.xml"
     names = [f"tests/test_{name}.py" for name in leg.tests]
-    command = [inside, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
+    command = [inside, "-m", "pytest", "-q", "--durations=20", "-p", "no:cacheprovider", *names]
     done = subprocess.run(
         [*command, f"--junitxml={report}"],
         cwd=checkout,
@@ -178,7 +179,11 @@ def run(leg: Leg, python: str) -> dict[str, object]:
     if done.returncode != 0:
         print(done.stdout[-4000:], file=sys.stderr)
     shutil.rmtree(folder / "venv")
-    return row | counts | {"seconds": round(time.monotonic() - start, 1)}
+    seconds = {
+        "install_seconds": round(installed - start, 1),
+        "test_seconds": round(time.monotonic() - installed, 1),
+    }
+    return row | counts | seconds
 
 
 def run_if_there(leg: Leg) -> dict[str, object]:

@@ -79,6 +79,13 @@ def integer(name: str, value: Any, *, low: int) -> None:
     require(valid, name, f"an int >= {low}", repr(value))
 
 
+def token_counts(value: Any, ranks: int) -> None:
+    """A number of tokens for each rank of a group."""
+    valid = isinstance(value, (list, tuple)) and len(value) == ranks
+    valid = valid and all(type(count) is int and count >= 0 for count in value)
+    require(valid, "counts", f"a number of tokens >= 0 for each of {ranks} ranks", value)
+
+
 def boolean(name: str, value: Any) -> None:
     require(isinstance(value, bool), name, "True or False", repr(value))
 

@@ -54,13 +54,14 @@ def vocab_parallel(weight: Tensor, group: ProcessGroup | None = None) -> VocabPa
         weight: this rank's rows (V_local, H), or a DTensor that is Shard(0) on a 1-D mesh.
         group: its process group, in which every rank must call; None for a DTensor, which knows.
     Raises:
-        ValueError: neither; on all ranks: H or dtype differs between them, or nobody has a row.
+        ValueError: no such weight or group; on all ranks: H or dtype differs between them, or
+            nobody has a row.
     """
     checks.require(isinstance(weight, Tensor), "weight", "a torch.Tensor", type(weight).__name__)
     if shards.is_dtensor(weight):
         return _sharded(weight)
-    checks.require(isinstance(group, ProcessGroup), "group", "a ProcessGroup", group)
-    checks.require(weight.ndim == 2, "weight", "2 dimensions", f"shape {tuple(weight.shape)}")
+    checks.tensor("weight", weight, dtypes=checks.FLOAT_DTYPES, ndim=2)
+    checks.instance("group", group, ProcessGroup)
     same = {"weight.shape[1]": weight.shape[1], "weight.dtype": weight.dtype}
     split = shards.resolve(weight, group, same)
     assert split is not None
@@ -124,9 +125,11 @@ def gathered_weight(
     Returns:
         (V, H) plain tensor. Differentiable; every rank has to run the backward pass.
     Raises:
-        ValueError: another placement or mesh, or an unknown `reduce`.
+        ValueError: another placement or mesh, an unknown `reduce`, or no such dtype.
     """
     checks.choice("reduce", reduce, REDUCTIONS)
+    fits = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    checks.require(fits, "dtype", "a floating-point torch.dtype or None", dtype)
     checks.require(isinstance(weight, Tensor), "weight", "a torch.Tensor", type(weight).__name__)
     if not shards.is_dtensor(weight):
         return weight if dtype is None else weight.to(dtype)
@@ -174,7 +177,7 @@ def own_token_logprobs(
     checks.choice("reduce", reduce, REDUCTIONS)
     split = _sharded(weight)
     H = weight.shape[1]
-    checks.require(isinstance(hidden, Tensor), "hidden", "a torch.Tensor", type(hidden).__name__)
+    checks.tensor("hidden", hidden, dtypes=checks.FLOAT_DTYPES)
     checks.require(hidden.shape[-1:] == (H,), "hidden", f"shape (..., {H})", tuple(hidden.shape))
     checks.tensor("target", target, dtypes=(torch.int64,))
     checks.shape("target", target, tuple(hidden.shape[:-1]), "hidden.shape[:-1]")
@@ -200,7 +203,12 @@ def own_token_logprobs(
 
 
 def token_counts(x: Tensor, group: ProcessGroup) -> tuple[int, ...]:
-    """len(x) of each rank. Waits for a GPU where `group` has no CPU backend."""
+    """len(x) of each rank. Waits for a GPU where `group` has no CPU backend.
+
+    Raises:
+        ValueError: x is not a tensor of a dimension or more, or group is none.
+    """
+    _check_tokens(x, group)
     return tuple(shards.exchange([len(x)], group, x.device)[:, 0].tolist())
 
 
@@ -238,13 +246,21 @@ def _gather(x: Tensor, group: ProcessGroup, counts: Sequence[int]) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
 
 
+def _check_tokens(x: object, group: object) -> None:
+    fits = isinstance(x, Tensor) and x.layout == torch.strided and x.ndim > 0
+    got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    checks.require(fits, "x", "a dense tensor (N, ...)", got)
+    checks.instance("group", group, ProcessGroup)
+
+
 def _checked_counts(
     x: Tensor, group: ProcessGroup, counts: Sequence[int] | None, of_all: bool
 ) -> tuple[int, ...]:
-    checks.require(isinstance(x, Tensor) and x.ndim > 0, "x", "a tensor (N, ...)", type(x))
-    checks.require(isinstance(group, ProcessGroup), "group", "a ProcessGroup", group)
-    if counts is None:
+    _check_tokens(x, group)
+    if counts is None and not of_all:
         return token_counts(x, group)
+    checks.token_counts(counts, group.size())
+    assert counts is not None
     want = sum(counts) if of_all else counts[group.rank()]
     checks.require(len(x) == want, "x", f"{want} tokens, as in counts", len(x))
     return tuple(counts)
@@ -290,8 +306,20 @@ def own_segments(segments: StepSegments, rows: slice | Tensor) -> StepSegments:
 
     segments: of the whole batch, the same on all ranks. Sequences, steps and labels stay as they
     are, so that sums over them can be added up between ranks.
+    rows: a slice, indices (int32 or int64) or a mask (bool) of the N tokens.
+
+    Raises:
+        ValueError: rows is none of these, or points outside.
     """
     checks.instance("segments", segments, StepSegments)
+    if not isinstance(rows, slice):
+        checks.tensor("rows", rows, dtypes=(torch.bool, *checks.INDEX_DTYPES), ndim=1)
+        N = segments.num_tokens
+        if rows.dtype == torch.bool:
+            checks.shape("rows", rows, (N,), "(N,)")
+        elif checks.values_are_free(rows) and rows.numel():
+            low, high = (int(x) for x in rows.aminmax())
+            checks.require(-N <= low and high < N, "rows", f"indices of {N} tokens", (low, high))
     return StepSegments(
         segments.sequence_index[rows],
         segments.step_index[rows],

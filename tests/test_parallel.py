@@ -44,7 +44,7 @@ SIZES = {2: (200, 101), 4: (150, 0, 101, 50)}
 EQUAL = {2: (151, 150), 4: (76, 76, 76, 73)}
 ALL = ("hidden", "weight", "bias")
 STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_prob")
-SECONDS = 60  # for one call; a rank that waits for another gives up before that
+SECONDS = 180  # for one call; a rank that waits for another gives up before that
 CONFIG = StepKTOConfig(beta=0.2, step_beta=0.5, step_weight=0.7)
 BASELINE = KLBaseline(0.21, 0.13)
 OPTIONS = {
