@@ -6,10 +6,6 @@ what reads the tokens of a chosen row, so every layer behind it computes with Na
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -18,6 +14,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
+from trainer_helpers import FSDP, recorded_trainer, train_ranks  # noqa: E402
 
 from stepkto_kernels.training import (  # noqa: E402
     StepKTOArguments,
@@ -31,7 +28,6 @@ from stepkto_kernels.training.dataset import StepKTODataset, encode_dataset  # n
 from stepkto_kernels.training.tiny import make_data, make_model  # noqa: E402
 
 transformers.logging.set_verbosity_error()
-ROOT = Path(__file__).parents[1]
 BAD = 3  # row of the training dataset that is not finite: labelled, and so are steps of it
 UNLABELLED = 5
 POINTS = ["mismatched", "matched", "zero"]
@@ -55,20 +51,6 @@ def poison(model, wanted: list[int], value: float = math.nan) -> None:
         return output.masked_fill(windows(inputs[0], wanted)[..., None], value)
 
     model.get_input_embeddings().register_forward_hook(hook)
-
-
-class Recorder(transformers.TrainerCallback):
-    """Gradients before every optimizer step, the weights before it, and what was logged."""
-
-    def __init__(self):
-        self.gradients, self.logs = [], []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append(dict(logs))
 
 
 class AtStep(transformers.TrainerCallback):
@@ -96,38 +78,13 @@ def make(tmp_path, tokenizer, tiny_model):
     """Trainer of one epoch of 8 rows in order, a step of 8, with a Recorder as `recorder`."""
 
     def make(model, rows, *, ref=None, batch=8, split=1, kind=StepKTOTrainer, **options):
-        extra = {k: options.pop(k) for k in ("eval_dataset",) if k in options}
         if ref is None and kind is StepKTOTrainer:
             ref = tiny_model(2, 0.3)
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": split,
-            "train_sampling_strategy": "sequential",
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "optim": "sgd",
-            "max_grad_norm": 0.0,
-            "num_train_epochs": 1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        recorder = Recorder()
-        trainer = kind(
-            model,
-            ref,
-            StepKTOArguments(**defaults | options),
-            train_dataset=rows,
-            processing_class=tokenizer,
-            callbacks=[recorder],
-            **extra,
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.recorder = recorder
-        return trainer
+        extra = {"processing_class": tokenizer}
+        extra |= {k: options.pop(k) for k in ("eval_dataset",) if k in options}
+        shape = {"batch": batch, "split": split, "kind": kind, "extra": extra}
+        options = {"optim": "sgd"} | options
+        return recorded_trainer(model, ref, rows, tmp_path / "out", **shape, **options)
 
     return make
 
@@ -602,44 +559,9 @@ def test_examples_know_their_rows(rows, tokenizer):
 
 # Two processes
 
-CHILD = """
-import json, math, os, sys, torch
-from accelerate import state
-from accelerate.utils import DistributedType
-from transformers import TrainerCallback
-from stepkto_kernels.training import StepKTOArguments, StepKTOTrainer
-
-folder, options, bad = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-found = {"gradients": [], "logs": [], "error": None, "saved": []}
-full = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
-
-if "ACCELERATE_USE_FSDP" in os.environ:  # see test_trainer_ddp.py
-    before = state.PartialState.__init__
-
-    def as_gpu(self, *args, **kwargs):
-        before(self, *args, **kwargs)
-        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    state.PartialState.__init__ = as_gpu
-
-class Recorder(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = {n.removeprefix("module."): p for n, p in model.named_parameters()}
-        found["gradients"].append({n: full(p.grad).clone() for n, p in named.items()})
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            found["logs"].append(dict(logs))
-
-args = StepKTOArguments(
-    folder + "/out", learning_rate=1e-2, optim="sgd", max_grad_norm=0.0, max_steps=2,
-    logging_steps=1, train_sampling_strategy="sequential", report_to=[], disable_tqdm=True,
-    use_cpu=True, **options)
-data = folder + "/data.jsonl"
-trainer = StepKTOTrainer(folder + "/model", args=args, train_dataset=data,
-                         eval_dataset=data if "eval_strategy" in options else None,
-                         callbacks=[Recorder()])
-wanted = [torch.tensor(trainer.train_dataset.examples[row].input_ids) for row in bad]
+POISONED = """
+import math
+wanted = [torch.tensor(trainer.train_dataset.examples[row].input_ids) for row in given]
 
 def poison(module, inputs, output):
     ids = inputs[0]
@@ -651,52 +573,21 @@ def poison(module, inputs, output):
     return output
 
 trainer.model.get_input_embeddings().register_forward_hook(poison)
+found["error"] = None
 try:
     trainer.train()
 except FloatingPointError as error:
     found["error"] = str(error)
-found["saved"] = [name for name in os.listdir(folder + "/out") if "checkpoint" in name] \\
-    if os.path.exists(folder + "/out") else []
+out = folder + "/out"
+names = os.listdir(out) if os.path.exists(out) else []
+found["saved"] = [name for name in names if "checkpoint" in name]
 found["finite"] = all(bool(full(p.detach()).isfinite().all()) for p in trainer.model.parameters())
-torch.save(found, f"{folder}/found_{os.environ.get('RANK', 'alone')}.pt")
-os._exit(0)
 """
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
 
 
-def train(folder: Path, options: dict, bad: list[int], ranks: int, more: dict | None = None):
+def train(folder: Path, options: dict, bad: list[int], ranks: int, settings: dict | None = None):
     """What each process found."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
-    words = [sys.executable, "-c", CHILD, str(folder), json.dumps(options), json.dumps(bad)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes, names = [], ["alone"] if ranks == 1 else [str(rank) for rank in range(ranks)]
-    for name in names:
-        mine = settings | (more or {})
-        if ranks > 1:
-            mine |= {"RANK": name, "LOCAL_RANK": name, "WORLD_SIZE": str(ranks)}
-            mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        pipe = subprocess.PIPE
-        processes.append(
-            subprocess.Popen(words, env=os.environ | mine, stdout=pipe, stderr=pipe, text=True)
-        )
-    for process in processes:
-        try:
-            _, stderr = process.communicate(timeout=180)
-        except subprocess.TimeoutExpired:
-            for each in processes:
-                each.kill()
-            pytest.fail("a process hangs")
-        assert process.returncode == 0, stderr[-3000:]
-    return [torch.load(folder / f"found_{name}.pt") for name in names]
+    return train_ranks(POISONED, folder, ranks, options, given=bad, settings=settings)
 
 
 @pytest.fixture

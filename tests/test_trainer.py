@@ -14,6 +14,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
+from trainer_helpers import Recorder, recorded_trainer  # noqa: E402
 
 from stepkto_kernels import KLBaseline, StepKTOConfig, StepSegments, reference  # noqa: E402
 from stepkto_kernels.training import StepKTOArguments, StepKTOTrainer, reference_logps  # noqa: E402
@@ -120,25 +121,6 @@ def assert_exact(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) ->
 # Trainers
 
 
-class Recorder(transformers.TrainerCallback):
-    """Gradients before every optimizer step, and what was logged."""
-
-    def __init__(self):
-        self.gradients: list[dict[str, torch.Tensor]] = []
-        self.logs: list[dict[str, float]] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append(dict(logs))
-
-    @property
-    def steps(self) -> list[dict[str, float]]:
-        return [logs for logs in self.logs if "loss" in logs]
-
-
 @pytest.fixture
 def models(tiny_model) -> Callable:
     """Policy and reference; the flatter policy likes random completions better, so z > 0."""
@@ -166,34 +148,10 @@ def make(tmp_path, tokenizer) -> Callable[..., StepKTOTrainer]:
 
     def make(model, ref=None, rows=None, *, batch=8, split=1, **options) -> StepKTOTrainer:
         mine = {"eval_dataset", "peft_config", "processing_class", "optimizers"}
-        extra = {name: options.pop(name) for name in mine & options.keys()}
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": split,
-            "train_sampling_strategy": "sequential",
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,  # gradients are seen after the clipping
-            "num_train_epochs": 1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        recorder = Recorder()
-        trainer = StepKTOTrainer(
-            model,
-            ref,
-            StepKTOArguments(**defaults | options),
-            train_dataset=rows,
-            callbacks=[recorder],
-            **{"processing_class": tokenizer} | extra,
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.recorder = recorder
-        return trainer
+        extra = {"processing_class": tokenizer}
+        extra |= {name: options.pop(name) for name in mine & options.keys()}
+        shape = {"batch": batch, "split": split, "extra": extra}
+        return recorded_trainer(model, ref, rows, tmp_path / "out", **shape, **options)
 
     return make
 

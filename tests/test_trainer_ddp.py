@@ -5,10 +5,6 @@ several GPUs while accelerate looks at it; what then shards and trains is the re
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,102 +12,26 @@ import torch
 
 pytest.importorskip("transformers")
 
+from trainer_helpers import FSDP, train_ranks  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from stepkto_kernels.training.tiny import make_data, make_model  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-# A child answers and leaves by os._exit: how a process group ends is not what is tested here.
-CHILD = """
-import json, os, sys, torch
-from accelerate import state
-from accelerate.utils import DistributedType
-from transformers import TrainerCallback
-from stepkto_kernels.training import StepKTOArguments, StepKTOTrainer
-
-folder, options = sys.argv[1], json.loads(sys.argv[2])
-found = {"gradients": [], "logs": []}
-full = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
-
-if "ACCELERATE_USE_FSDP" in os.environ:
-    before = state.PartialState.__init__
-
-    def as_gpu(self, *args, **kwargs):
-        before(self, *args, **kwargs)
-        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    state.PartialState.__init__ = as_gpu
-
-class Recorder(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = {n.removeprefix("module."): p for n, p in model.named_parameters()}
-        found["gradients"].append({n: full(p.grad).clone() for n, p in named.items()})
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            found["logs"].append(dict(logs))
-
-args = StepKTOArguments(
-    folder + "/out", learning_rate=1e-2, optim="sgd", max_grad_norm=0.0, max_steps=2,
-    logging_steps=1,
-    train_sampling_strategy="sequential", save_strategy="no", report_to=[], disable_tqdm=True,
-    use_cpu=True, **options)
-trainer = StepKTOTrainer(folder + "/model", args=args, train_dataset=folder + "/data.jsonl",
-                         callbacks=[Recorder()])
+TRAIN = """
 trainer.train()
 found["parameters"] = [full(p.detach()).clone() for p in trainer.model_wrapped.parameters()]
 found["sharded"] = [hasattr(p, "full_tensor") for p in trainer.model_wrapped.parameters()]
 if not any(found["sharded"]):  # full state dicts of DTensors on a CPU come without being waited for
     trainer.save_model(folder + "/saved")
-torch.save(found, f"{folder}/found_{os.environ.get('RANK', 'alone')}.pt")
-os._exit(0)
 """
 
 
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
-
-
-def start(
-    folder: Path, options: dict, rank: int | None = None, port: int = 0, more: dict | None = None
-) -> subprocess.Popen:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
-    if rank is not None:
-        settings |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (more or {})
-    words = [sys.executable, "-c", CHILD, str(folder), json.dumps(options)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(process: subprocess.Popen) -> None:
-    try:
-        _, stderr = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail("a process hangs")
-    assert process.returncode == 0, stderr[-3000:]
-
-
 def train(
-    folder: Path, batch: int, split: int, ranks: int, options: dict, more: dict | None = None
+    folder: Path, batch: int, split: int, ranks: int, options: dict, settings: dict | None = None
 ) -> list[dict]:
     options = options | {"per_device_train_batch_size": batch, "gradient_accumulation_steps": split}
-    if ranks == 1:
-        finish(start(folder, options))
-        return [torch.load(folder / "found_alone.pt")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for process in [start(folder, options, rank, port, more) for rank in range(2)]:
-        finish(process)
-    return [torch.load(folder / f"found_{rank}.pt") for rank in range(2)]
+    options |= {"save_strategy": "no"}
+    return train_ranks(TRAIN, folder, ranks, options, settings=settings)
 
 
 @pytest.fixture
