@@ -175,7 +175,8 @@ def trust_table(
         rows.append([name, *(count[k] for k in ("injected", "survived", "stopped", "lost"))])
     for row in sanitize["rows"]:
         passed, wrong = outcome(row)
-        name = f"tests under {row['sanitizer'].capitalize()}Sanitizer"
+        kind = {"undefined": "UndefinedBehavior"}.get(row["sanitizer"], row["sanitizer"].title())
+        name = f"tests under {kind}Sanitizer"
         rows.append([name, passed + wrong, passed, 0, wrong + row["reports"]])
     calls = [*leaks["calls"].values(), *leaks["trainings"].values()]
     grew = sum(bool(case["grew"]) for case in calls)

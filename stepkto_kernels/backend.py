@@ -23,6 +23,8 @@ def _triton() -> str | None:
         return "Triton is not installed"
     if not torch.cuda.is_available() and not interpreted():
         return "there is no CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    if interpreted() and importlib.util.find_spec("numpy") is None:
+        return "Triton's interpreter needs numpy, which is not installed"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Options of the loss and of the logits, as frozen dataclasses that are checked when they are made.
+"""Options of the loss and of the logits, checked when they are made.
 
 Custom ops take tensors and scalars only, so each of the two can turn itself into a flat tuple of
 floats (`pack`) that the op turns back (`unpack`).
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from stepkto_kernels import checks
 
@@ -114,8 +115,7 @@ class StepKTOConfig:
         )
 
 
-@dataclass(frozen=True)
-class SegmentOptions:
+class SegmentOptions(NamedTuple):
     """What the loss of one batch needs of StepKTOConfig, every default resolved."""
 
     beta: float
@@ -131,7 +131,7 @@ class SegmentOptions:
     length_normalize: float  # 0 or 1
 
     def pack(self) -> list[float]:
-        return [float(value) for value in astuple(self)]
+        return [float(value) for value in self]
 
     @classmethod
     def unpack(cls, packed: Sequence[float]) -> SegmentOptions:

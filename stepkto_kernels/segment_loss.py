@@ -34,7 +34,8 @@ class BatchLoss(NamedTuple):
 def term_counts(index: SegmentIndex, options: SegmentOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers of loss terms: outcome (0-dim), process (0-dim), labelled steps a sequence (B,)."""
     labelled = index.labelled_steps().double()
-    steps = sum_by_index(labelled, index.step_sequence, index.num_sequences)
+    B = index.outcome_label.shape[0]  # torch.compile before 2.9 knows no property of a NamedTuple
+    steps = sum_by_index(labelled, index.step_sequence, B)
     outcome = (index.outcome_label >= 0).double().sum()
     if STEP_REDUCTIONS[int(options.step_reduction)] == "mean":
         return outcome, labelled.sum(), steps

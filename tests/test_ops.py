@@ -3,6 +3,7 @@
 Letters: N tokens, H hidden size, V vocabulary, B sequences, S steps.
 """
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -266,7 +267,12 @@ def test_compiled_layouts(layout_of):
             torch.tensor([1, 0, 0]),
         ),
     }[layout_of]
-    function = lambda *args: tuple(vars(getattr(StepSegments, layout_of)(*args)).values())
+    names = [field.name for field in dataclasses.fields(StepSegments) if field.init]
+
+    def function(*args):
+        layout = getattr(StepSegments, layout_of)(*args)
+        return tuple(getattr(layout, name) for name in names)
+
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same(compiled(*arguments), function(*arguments))
 
