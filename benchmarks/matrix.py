@@ -32,6 +32,7 @@ from stepkto_kernels.bench.environment import environment  # noqa: E402
 OUT = ROOT / "out/matrix"
 RESULT = ROOT / "benchmarks/results/matrix.json"
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+ROOM = 12 * 2**30  # bytes: a CUDA build of torch, and what pip keeps of it meanwhile
 LOSS = ["linear_logprobs", "targets", "nan", "fused", "step_kto", "ops", "plan", "cli"]
 TRAINING = ["data", "collator", "trainer", "train_command", "label", "sampler"]
 
@@ -192,8 +193,13 @@ def run(leg: Leg, python: str) -> dict[str, object]:
 
 def run_if_there(leg: Leg) -> dict[str, object]:
     python = find_python(leg.python)
-    row: dict[str, object] = {"leg": leg.name, "left_out": f"no Python {leg.python} here"}
-    if python is not None:
+    free = shutil.disk_usage(ROOT).free
+    row: dict[str, object] = {"leg": leg.name}
+    if python is None:
+        row["left_out"] = f"no Python {leg.python} here"
+    elif free < ROOM:
+        row["left_out"] = f"{free / 2**30:.0f} GiB of disk are free, {ROOM / 2**30:.0f} wanted"
+    else:
         try:
             row = run(leg, python)
         except (subprocess.CalledProcessError, ElementTree.ParseError, OSError) as error:
