@@ -34,6 +34,7 @@ RESULT = ROOT / "benchmarks/results/matrix.json"
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 ROOM = 12 * 2**30  # bytes: a CUDA build of torch, and what pip keeps of it meanwhile
 LOSS = ["linear_logprobs", "targets", "nan", "fused", "step_kto", "ops", "plan", "cli"]
+COMPAT = ["parallel", "waits", "triton", "bitwise"]  # also where torch or Python is another
 TRAINING = ["data", "collator", "trainer", "train_command", "label", "sampler"]
 
 
@@ -55,9 +56,15 @@ class Leg(NamedTuple):
 
 
 LEGS = [  # downloads early: they leave the cores to the others' tests
-    Leg("oldest torch, Python 3.10", "3.10", "torch==2.8.0", "train", tests=[*LOSS, *TRAINING]),
+    Leg(
+        "oldest torch, Python 3.10",
+        "3.10",
+        "torch==2.8.0",
+        "train",
+        tests=[*LOSS, *COMPAT, *TRAINING],
+    ),
     Leg("without Triton", extras="train", tests=[*LOSS, *TRAINING]),
-    Leg("Python 3.12", "3.12", "pinned", "train", tests=[*LOSS, *TRAINING]),
+    Leg("Python 3.12", "3.12", "pinned", "train", tests=[*LOSS, *COMPAT, *TRAINING]),
     Leg("without the extension", extras="triton", extension=False),
     Leg("without transformers", extras="triton", tests=[*LOSS, "native", "native_boundary"]),
     Leg("without any of the three", extension=False),

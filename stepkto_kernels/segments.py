@@ -89,7 +89,7 @@ class TokenLayout(NamedTuple):
 
     @classmethod
     def of(cls, index: SegmentIndex) -> "TokenLayout":
-        B = index.num_sequences
+        B = index.outcome_label.shape[0]  # no property: see segment_loss.term_counts
         scored, slot = index.scored_tokens(), index.sequence_index + 1
         order = torch.where(scored, slot, B + 1).sort(stable=True).indices
         return cls(order, sum_by_index(scored.double(), slot, B + 1).long())
@@ -279,7 +279,7 @@ class StepSegments:
             layout = TokenLayout.of(index)
         if layout is not None:
             order = layout.order.to(device, non_blocking=non_blocking)
-            object.__setattr__(moved, "layout", layout._replace(order=order))
+            object.__setattr__(moved, "layout", TokenLayout(order, layout.lengths))
         return moved
 
     def validate(self) -> "StepSegments":

@@ -16,6 +16,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from rank_helpers import NO_MEANS, takes_means
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
@@ -641,6 +642,10 @@ def run_fsdp(rank, group, batches, separate, how):
     return out
 
 
+def run_means(rank, group):
+    return takes_means(group)
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(
     ("separate", "how"),
@@ -655,6 +660,8 @@ def run_fsdp(rank, group, batches, separate, how):
 def test_fsdp2_head_gradients_are_summed_over_ranks(ranks, layout, part, separate, how):
     """One process with the whole batch gives the same; a rank without anything neither hangs nor
     skews."""
+    if not all(ranks(run_means)):
+        pytest.skip(NO_MEANS)
     parts = [PARTS[part](rank) for rank in range(ranks.world)]
     batches = [inputs_of(layout(p), seed) for seed, p in enumerate(parts)]
     got = joined(ranks(run_fsdp, batches, separate, how))

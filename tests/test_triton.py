@@ -113,7 +113,7 @@ def assert_forward(problem, logp, values):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("H", [1, 40, 64])
+@pytest.mark.parametrize("H", [1, 48, 64])  # 48: Triton 3.4 wants 16 elements, not bytes
 @pytest.mark.parametrize("V", [1, 63, 64, 65, 201])
 def test_forward_epilogue(gemm_epilogue, dtype, descriptors, H, V, options_bias):
     problem = Problem(dtype, *options_bias, H=H, V=V)
@@ -181,7 +181,7 @@ def test_dlogits(triton_rows, tile_dtype, entropy, options_bias):
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_dlogits_epilogue(gemm_epilogue, descriptors, entropy, options_bias):
-    problem = Problem(torch.float32, *options_bias)
+    problem = Problem(torch.float32, *options_bias, H=48)  # see test_forward_epilogue
     row = problem.gradient(entropy)
     expected = torch_rows.dlogits_(
         torch_rows.prepare(problem.tile(64, 160), problem.options), row, problem.options
