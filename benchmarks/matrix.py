@@ -34,8 +34,9 @@ RESULT = ROOT / "benchmarks/results/matrix.json"
 THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 ROOM = 12 * 2**30  # bytes: a CUDA build of torch, and what pip keeps of it meanwhile
 LOSS = ["linear_logprobs", "targets", "nan", "fused", "step_kto", "ops", "plan", "cli"]
-COMPAT = ["parallel", "waits", "triton", "bitwise"]  # also where torch or Python is another
 TRAINING = ["data", "collator", "trainer", "train_command", "label", "sampler"]
+WIDE = [*LOSS, *TRAINING, "parallel", "waits", "triton", "bitwise"]
+TRITON = ("triton",)  # which CUDA builds of torch bring
 
 
 class Leg(NamedTuple):
@@ -56,18 +57,12 @@ class Leg(NamedTuple):
 
 
 LEGS = [  # downloads early: they leave the cores to the others' tests
-    Leg(
-        "oldest torch, Python 3.10",
-        "3.10",
-        "torch==2.8.0",
-        "train",
-        tests=[*LOSS, *COMPAT, *TRAINING],
-    ),
-    Leg("without Triton", extras="train", tests=[*LOSS, *TRAINING]),
-    Leg("Python 3.12", "3.12", "pinned", "train", tests=[*LOSS, *COMPAT, *TRAINING]),
+    Leg("oldest torch, Python 3.10", "3.10", "torch==2.8.0", "train", tests=WIDE),
+    Leg("without Triton", extras="train", without=TRITON, tests=[*LOSS, *TRAINING]),
+    Leg("Python 3.12", "3.12", "pinned", "train", tests=WIDE),
     Leg("without the extension", extras="triton", extension=False),
     Leg("without transformers", extras="triton", tests=[*LOSS, "native", "native_boundary"]),
-    Leg("without any of the three", extension=False),
+    Leg("without any of the three", without=TRITON, extension=False),
 ]
 
 
@@ -113,8 +108,8 @@ def install(leg: Leg, python: str, folder: Path) -> Path:
     # numpy: Triton's interpreter needs it, no other part of the loss does
     more = ["pytest", "hypothesis", *(["numpy"] if "triton" in leg.extras else [])]
     subprocess.run([*pip, package, *more], check=True, env=settings)
-    if "Triton" in leg.name or "any" in leg.name:  # CUDA builds of torch bring it
-        subprocess.run([inside, "-m", "pip", "uninstall", "-q", "-y", "triton"], check=True)
+    if leg.without:
+        subprocess.run([inside, "-m", "pip", "uninstall", "-q", "-y", *leg.without], check=True)
     return inside
 
 
