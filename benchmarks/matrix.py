@@ -35,7 +35,8 @@ THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 ROOM = 12 * 2**30  # bytes: a CUDA build of torch, and what pip keeps of it meanwhile
 LOSS = ["linear_logprobs", "targets", "nan", "fused", "step_kto", "ops", "plan", "cli"]
 TRAINING = ["data", "collator", "trainer", "train_command", "label", "sampler"]
-WIDE = [*LOSS, *TRAINING, "parallel", "waits", "triton", "bitwise"]
+PROPERTIES = ["properties_head", "properties_loss", "properties_segments", "bad_input"]
+WIDE = [*LOSS, *TRAINING, *PROPERTIES, "parallel", "waits", "triton", "bitwise"]
 TRITON = ("triton",)  # which CUDA builds of torch bring
 
 
@@ -167,7 +168,8 @@ def run(leg: Leg, python: str) -> dict[str, object]:
     checkout = folder / "checkout"  # tests and what they read, not the package
     for name in ("tests", "csrc"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", checkout)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, checkout)
     report = folder / "junit.xml"
     names = [f"tests/test_{name}.py" for name in leg.tests]
     command = [inside, "-m", "pytest", "-q", "--durations=20", "-p", "no:cacheprovider", *names]

@@ -216,6 +216,8 @@ def _mm_in_units(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
     shape = a.shape[0], b.shape[1]
     if out is None:
         out = a.new_empty(shape)
+    if a.shape[1] == 0:  # which pad refuses before torch 2.9
+        return out.zero_()
     rows, columns = ([slice(0, k), slice(k, n)] for n in shape for k in [n - n % GEMM_UNIT])
     pad = torch.nn.functional.pad
     for i, row in enumerate(rows):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import stepkto_kernels as sk
-from stepkto_kernels import linear_logprobs, linear_logprobs_with_stats, plan, reference
+from stepkto_kernels import head, linear_logprobs, linear_logprobs_with_stats, plan, reference
 
 ALL = ("hidden", "weight", "bias")
 STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_prob")
@@ -701,6 +701,17 @@ def test_gemm_units(run, head_problem, gemm_flops, mode, units, ignored):
     problem = replace(problem, upstream=torch.ones(problem.target.shape), bias=torch.zeros(640))
     assert (problem.target >= 0).sum() == 80
     assert gemm_flops(lambda: run(problem, mode)) == units * 2 * 80 * 640 * 64
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 3), (5, 0, 3), (5, 0, 40), (40, 0, 40), (5, 3, 0)], ids=str
+)
+def test_a_gemm_of_nothing_is_zero(shape):
+    """Without tokens the weight's gradient is one. torch 2.8 cannot pad what has no columns."""
+    n, k, m = shape
+    a, b, out = torch.ones(n, k), torch.ones(k, m), torch.full((n, m), torch.nan)
+    assert torch.equal(head.mm(a, b), torch.zeros(n, m))
+    assert torch.equal(head.mm(a, b, out), torch.zeros(n, m)) and out.eq(0).all()
 
 
 @pytest.mark.parametrize(("needs", "units"), [(("hidden",), 2), (("hidden", "weight"), 3)])
