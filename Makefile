@@ -27,7 +27,7 @@ fuzz: $(READY)
 sanitize: $(READY)
 	$(BIN)/python benchmarks/sanitize.py $(ARGS)
 
-# The tests on other Pythons, with the oldest torch, and without what is optional; downloads 6 GB.
+# The tests on other Pythons, with other torches, and without what is optional; downloads 10 GB.
 matrix: $(READY)
 	$(BIN)/python benchmarks/matrix.py $(ARGS)
 

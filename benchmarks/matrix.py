@@ -1,11 +1,11 @@
-"""The tests in other environments: other Pythons, the oldest torch, without what is optional.
+"""The tests in other environments: other Pythons and torches, without what is optional.
 
-    python benchmarks/matrix.py                      # a quarter of an hour, mostly downloads
+    python benchmarks/matrix.py                      # a quarter of an hour
     python benchmarks/matrix.py --only "without Triton"
 
 Each environment is a virtual environment of its own in which the package is installed from the
 checkout, not in place. A Python that is not there is left out and named; it is looked for in PATH
-and among pyenv's. Where pip has no CPU build of a torch, it takes the CUDA build (3 GB).
+and among pyenv's. Where pip has no CPU build of a torch, it takes the CUDA build (3 GB and more).
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ LEGS = [  # downloads early: they leave the cores to the others' tests
     Leg("oldest torch, Python 3.10", "3.10", "torch==2.8.0", "train", tests=WIDE),
     Leg("without Triton", extras="train", without=TRITON, tests=[*LOSS, *TRAINING]),
     Leg("Python 3.12", "3.12", "pinned", "train", tests=WIDE),
+    Leg("newer torch", torch="torch==2.14.1", extras="train", tests=[*LOSS, "parallel", "waits"]),
     Leg("without the extension", extras="triton", extension=False),
     Leg("without transformers", extras="triton", tests=[*LOSS, "native", "native_boundary"]),
     Leg("without any of the three", without=TRITON, extension=False),
@@ -152,7 +153,10 @@ def expected(leg: Leg, found: dict[str, object]) -> bool:
     if leg.name.startswith("without"):
         named = list(has) if "any" in leg.name else [leg.name.removeprefix("without ")]
         return set(named) <= set(missing)
-    return str(found["python"]).startswith(leg.python + ".") and "the extension" not in missing
+    asked = leg.torch.removeprefix("torch==")
+    torch_fits = asked in ("pinned", str(found["torch"]).split("+")[0])
+    python_fits = str(found["python"]).startswith(leg.python + ".")
+    return torch_fits and python_fits and "the extension" not in missing
 
 
 def run(leg: Leg, python: str) -> dict[str, object]:
