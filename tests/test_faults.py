@@ -52,3 +52,27 @@ def test_a_judge_that_fails_a_fifth_of_all_calls_changes_no_label(found):
     assert count["problems"] == []
     assert count["injected"] == count["survived"] == count["notes"]["failed calls"] + 2
     assert count["notes"]["failed calls"] > 10
+
+
+LOCKED = """
+import os, signal, sys
+
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/benchmarks"]
+from faulty import processes
+from tqdm.auto import tqdm
+
+tqdm.get_lock()  # before the forks, so that all of them have it
+
+def die():
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+assert processes.command(["doctor"], before=die).status is None
+print(processes.command(["doctor"], 60, before=lambda: tqdm.get_lock().acquire()).status)
+"""
+
+
+def test_a_command_killed_in_the_lock_of_a_progress_bar_locks_no_other():
+    command = [sys.executable, "-c", LOCKED, str(SCRIPT.parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "0", done.stderr

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -18,10 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import tqdm
+
 from stepkto_kernels.cli import main
 from stepkto_kernels.training import launch
 
 STEP = 0.001  # seconds between two looks at a child
+PATIENCE = 600.0  # seconds until a command that is not to be killed is said to hang
 
 
 class Done(NamedTuple):
@@ -70,6 +74,8 @@ def command(
     Args:
         seconds: when it is killed, None for never.
         before: called in the process first.
+    Raises:
+        TimeoutError: it was not to be killed and does not end.
     """
     with tempfile.TemporaryFile() as log:
         start = time.monotonic()
@@ -85,6 +91,7 @@ def command(
 def _child(words: Sequence[str], log: int, before: Callable[[], None]) -> None:
     status = 70
     try:
+        _own_progress_lock()
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
@@ -101,6 +108,14 @@ def _child(words: Sequence[str], log: int, before: Callable[[], None]) -> None:
         os._exit(status)
 
 
+def _own_progress_lock() -> None:
+    """tqdm's is a semaphore that forked processes share: one killed in it leaves it locked."""
+    lock, classes = threading.RLock(), [tqdm.std.tqdm]
+    for cls in classes:
+        cls.set_lock(lock)
+        classes += cls.__subclasses__()
+
+
 def _train_here(words: list[str]) -> None:
     assert words[: len(launch.TRAIN)] == launch.TRAIN
     status = main(words[2:])
@@ -109,15 +124,17 @@ def _train_here(words: list[str]) -> None:
 
 
 def _wait(pid: int, end: float | None) -> int | None:
-    if end is None:
-        return _status(os.waitpid(pid, 0)[1])
-    while time.monotonic() < end:
+    last = time.monotonic() + PATIENCE if end is None else end
+    while time.monotonic() < last:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             return _status(status)
         time.sleep(STEP)
     os.kill(pid, signal.SIGKILL)
-    return _status(os.waitpid(pid, 0)[1])
+    status = os.waitpid(pid, 0)[1]
+    if end is None:
+        raise TimeoutError(f"a command does not end within {PATIENCE:.0f} seconds")
+    return _status(status)
 
 
 def _status(status: int) -> int | None:
