@@ -99,9 +99,10 @@ def main() -> int:
         wanted = [n for n in names if args.only is None or any(x in n for x in args.only)]
         for name in wanted:
             result = in_a_process(kind, name, args.calls)
-            if kind == "calls" and result["grew"]:
-                # Python maps and unmaps a MiB at a time: a leak grows on, such a step does not
-                result = in_a_process(kind, name, 4 * args.calls) | {"before": result}
+            for more in (4, 16):
+                if kind == "calls" and result["grew"]:
+                    # Python maps and unmaps a MiB at a time: a leak grows on, such a step does not
+                    result = in_a_process(kind, name, more * args.calls) | {"before": result}
             found.setdefault(kind, {})[name] = result
             grew = set(result["grew"])
             is_so = grew >= set(CONTROLS[name][1]) if kind == "controls" else not grew

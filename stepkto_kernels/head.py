@@ -216,7 +216,7 @@ def _mm_in_units(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
     shape = a.shape[0], b.shape[1]
     if out is None:
         out = a.new_empty(shape)
-    if a.shape[1] == 0:  # which pad refuses before torch 2.9
+    if a.shape[1] == 0:  # which pad of torch 2.8 refuses
         return out.zero_()
     rows, columns = ([slice(0, k), slice(k, n)] for n in shape for k in [n - n % GEMM_UNIT])
     pad = torch.nn.functional.pad

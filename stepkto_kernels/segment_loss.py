@@ -34,7 +34,7 @@ class BatchLoss(NamedTuple):
 def term_counts(index: SegmentIndex, options: SegmentOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers of loss terms: outcome (0-dim), process (0-dim), labelled steps a sequence (B,)."""
     labelled = index.labelled_steps().double()
-    B = index.outcome_label.shape[0]  # torch.compile before 2.9 knows no property of a NamedTuple
+    B = index.outcome_label.shape[0]  # torch.compile of 2.8 knows no property of a NamedTuple
     steps = sum_by_index(labelled, index.step_sequence, B)
     outcome = (index.outcome_label >= 0).double().sum()
     if STEP_REDUCTIONS[int(options.step_reduction)] == "mean":

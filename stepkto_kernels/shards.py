@@ -222,7 +222,7 @@ HeadGroup = dist.ProcessGroup | VocabParallel
 
 def check_group(group: object) -> None:
     want = "None, a ProcessGroup or a parallel.VocabParallel"
-    # a tuple: torch.compile before 2.9 takes no union here
+    # a tuple: torch.compile of 2.8 takes no union here
     fits = group is None or isinstance(group, (dist.ProcessGroup, VocabParallel))
     checks.require(fits, "group", want, group)
 

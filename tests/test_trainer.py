@@ -245,7 +245,7 @@ def test_error_is_at_most_twice_that_of_eager(models, rows, examples, step, mixe
     batch, config = examples(rows(8)), StepKTOConfig()
     twins = [copy.deepcopy(model).double() for model in (policy, ref)]
     exact = gradients_of(twins[0], oracle(*twins, batch, config))
-    # before torch 2.9, weights that were cast without gradient stay so within an autocast
+    # in torch 2.8, weights that were cast without gradient stay so within an autocast
     with torch.autocast("cpu", torch.bfloat16, mixed is not None, cache_enabled=False):
         eager = gradients_of(policy, oracle(policy, ref, batch, config))
     found = step(policy, ref, rows(8), batch=4, split=2, bf16=mixed is not None)

@@ -132,7 +132,7 @@ def differentiable(implementation, setup, backward):
 
 
 def widening_gemm() -> bool:
-    """Whether this torch says what comes of a narrow GEMM with an fp32 result: not before 2.9."""
+    """Whether this torch says what comes of a narrow GEMM with an fp32 result: 2.8 does not."""
     narrow = torch.empty(16, 16, dtype=torch.bfloat16, device="meta")
     try:
         torch.mm(narrow, narrow, out_dtype=torch.float32)
