@@ -57,7 +57,6 @@ def vocab_parallel(weight: Tensor, group: ProcessGroup | None = None) -> VocabPa
         ValueError: no such weight or group; on all ranks: H or dtype differs between them, or
             nobody has a row.
     """
-    checks.require(isinstance(weight, Tensor), "weight", "a torch.Tensor", type(weight).__name__)
     if shards.is_dtensor(weight):
         return _sharded(weight)
     checks.tensor("weight", weight, dtypes=checks.FLOAT_DTYPES, ndim=2)
@@ -256,9 +255,9 @@ def _check_tokens(x: object, group: object) -> None:
 def _checked_counts(
     x: Tensor, group: ProcessGroup, counts: Sequence[int] | None, of_all: bool
 ) -> tuple[int, ...]:
-    _check_tokens(x, group)
     if counts is None and not of_all:
         return token_counts(x, group)
+    _check_tokens(x, group)
     checks.token_counts(counts, group.size())
     assert counts is not None
     want = sum(counts) if of_all else counts[group.rank()]

@@ -121,6 +121,8 @@ trainer = StepKTOTrainer(
 sharded = "ACCELERATE_USE_FSDP" in os.environ
 found = {"means": not sharded or takes_means(torch.distributed.group.WORLD)}
 %s
+names = {name.removeprefix("module.") for name, _ in trainer.model.named_parameters()}
+assert all(gradients.keys() == names for gradients in recorder.gradients)
 found |= {"gradients": recorder.gradients, "logs": recorder.steps}
 torch.save(found, f"{folder}/found_{os.environ.get('RANK', 'alone')}.pt")
 os._exit(0)
