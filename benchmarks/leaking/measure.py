@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from stepkto_kernels.bench.memory import LIBC, trim
+
 # A call: the smallest malloc, a cache line, is 64 bytes; of objects half a one. A leak of one
 # tensor a call is 1 tensor, 1 storage, 2 objects and at least 64 + 64 bytes of malloc.
 LIMITS = {
@@ -42,7 +44,6 @@ class _MallInfo(ctypes.Structure):
     ]
 
 
-LIBC = ctypes.CDLL(None)
 HAS_MALLINFO = hasattr(LIBC, "mallinfo2")  # glibc 2.33
 if HAS_MALLINFO:
     LIBC.mallinfo2.restype = _MallInfo
@@ -90,8 +91,7 @@ class Looks:
 def held() -> Held:
     for _ in range(2):  # what a finalizer let go
         gc.collect()
-    if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)
+    trim()
     blocks = sys.getallocatedblocks()
     objects = gc.get_objects()
     tensors = [each for each in objects if issubclass(type(each), torch.Tensor)]

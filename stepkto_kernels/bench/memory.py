@@ -8,6 +8,7 @@ JSON, {"threads", "cases": a list of Case}.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -29,8 +30,10 @@ from stepkto_kernels.plan import MIB
 ROOT = pathlib.Path(__file__).parents[2]
 ANSWER = "peak: "  # begins a line of the fresh process; what peers print may stand around it
 STATUS = pathlib.Path("/proc/self/status")
+LIBC = ctypes.CDLL(None)
 # glibc keeps freed blocks below a threshold that grows with what is freed. With a fixed one, what
-# is resident is what is live: memory that the making of the problem left free hides nothing.
+# is resident is what is live, so that what is freed during a call hides nothing made later in it.
+# What was free before the call is handed back by `trim`, in any process.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
@@ -89,12 +92,19 @@ def measure(case: Case, contender: Contender) -> float:
         execute(contender, problem, case.path)
         release(case.device)
     gc.collect()  # or what is freed on the way hides as much
+    trim()  # or the call fills what is free here, and the resident size does not grow
     before = _start(case.device)
     outcome = execute(contender, problem, case.path)
     if case.device == "cuda":
         torch.cuda.synchronize()  # what went wrong there is raised here
     gradients = sum(x.nbytes for x in (outcome.dhidden, outcome.dweight) if x is not None)
     return (_peak(case.device) - before - gradients) / MIB
+
+
+def trim() -> None:
+    """Hand the pages of freed blocks back to the kernel, where the C library can."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def _start(device: str) -> int:
