@@ -40,9 +40,9 @@ from stepkto_kernels.step_kto import (
     KLBaseline,
     LossNormalizer,
     kernels,
+    loss_of_log_probs,
     resolve_baseline,
     resolve_normalizer,
-    step_kto_loss,
 )
 
 
@@ -354,7 +354,7 @@ def fused_linear_step_kto_loss(
             backend=backend,
             group=split,
         )
-        return step_kto_loss(logps, ref_logps, segments, baseline, config, normalizer)
+        return loss_of_log_probs(logps, ref_logps, segments, config, (z, matched), n, backend)
     loss, totals, *_ = _fused_step_kto(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

@@ -167,18 +167,40 @@ def step_kto_loss(
             CPU also an index or label of `segments` out of range.
     """
     check_log_probs(logps, ref_logps, segments, config)
-    z, matched = resolve_baseline(baseline, config, logps.device)
-    n = resolve_normalizer(normalizer, segments, config)
+    return loss_of_log_probs(
+        logps,
+        ref_logps,
+        segments,
+        config,
+        resolve_baseline(baseline, config, logps.device),
+        resolve_normalizer(normalizer, segments, config),
+        backends.resolve("auto" if logps.dtype == torch.float32 else "torch", logps.device),
+        context_name(context_group),
+    )
+
+
+def loss_of_log_probs(
+    logps: Tensor,
+    ref_logps: Tensor,
+    segments: StepSegments,
+    config: StepKTOConfig,
+    baseline: tuple[tuple[Tensor, Tensor], bool],
+    normalizer: tuple[Tensor, Tensor],
+    backend: str,
+    context_group: str = "",
+) -> tuple[Tensor, StepKTOMetrics]:
+    """step_kto_loss of checked arguments, on a resolved backend."""
+    z, matched = baseline
     loss, totals, _, _ = _step_kto(
         logps.reshape(-1),
         ref_logps.detach().reshape(-1),
         list(SegmentIndex.of(segments)),
         *z,
-        *n,
+        *normalizer,
         matched,
-        context_name(context_group),
+        context_group,
         config.segment_options().pack(),
-        backends.resolve("auto" if logps.dtype == torch.float32 else "torch", logps.device),
+        backend,
     )
     return loss, StepKTOMetrics(totals)
 

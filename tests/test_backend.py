@@ -5,7 +5,16 @@ import importlib.util
 import pytest
 import torch
 
-from stepkto_kernels import available_backends, backend, linear_logprobs, native
+from stepkto_kernels import (
+    StepKTOConfig,
+    StepSegments,
+    available_backends,
+    backend,
+    fused_linear_step_kto_loss,
+    linear_logprobs,
+    native,
+    segment_loss,
+)
 
 CPU = torch.device("cpu")
 NO_GPU = "there is no CUDA GPU, and TRITON_INTERPRET=1 is not set"
@@ -55,3 +64,36 @@ def test_auto_does_without_the_extension_and_a_named_one_is_refused(monkeypatch)
 def test_an_unknown_backend(name):
     with pytest.raises(ValueError, match="^backend: want one of 'auto', 'reference', "):
         backend.resolve(name, CPU)
+
+
+@pytest.mark.parametrize("reference_point", ["zero", "matched"])
+@pytest.mark.parametrize("name", ["reference", "torch", "native"])
+def test_a_named_backend_serves_the_segments_too(name, reference_point, monkeypatch):
+    if name == "native" and native.WHY_NOT:
+        pytest.skip(native.WHY_NOT)
+
+    def refused(*args):
+        raise AssertionError(f"this is not what {name} is")
+
+    other = segment_loss if name == "native" else native
+    monkeypatch.setattr(other, "SegmentBatch", refused)
+    monkeypatch.setattr(other, "token_slopes", refused)
+    segments = StepSegments.from_padded(
+        torch.tensor([[0, 0, 1]]),
+        torch.ones(1, 3, dtype=torch.bool),
+        torch.tensor([1]),
+        torch.tensor([[1, 0]]),
+    )
+    hidden, weight = torch.randn(3, 2), torch.randn(5, 2, requires_grad=True)
+    config = StepKTOConfig(reference_point=reference_point)
+    loss, _ = fused_linear_step_kto_loss(
+        hidden,
+        weight,
+        torch.tensor([0, 1, 2]),
+        segments,
+        torch.zeros(3),
+        config=config,
+        backend=name,
+    )
+    loss.backward()
+    assert weight.grad.abs().sum() > 0
