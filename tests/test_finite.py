@@ -280,6 +280,18 @@ def test_fp16_leaves_infinite_gradients_to_its_scaler(make, policy, rows):
         trainer.train()
 
 
+@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "packed"])
+def test_an_unlabelled_row_is_not_left_to_the_scaler_of_fp16(make, policy, rows, padding_free):
+    """It would skip each of its steps for good, as if its scale were too large."""
+    model = policy()
+    options = {"fp16": True, "reference_point": "zero", "padding_free": padding_free}
+    trainer = make(model, rows(8), **options)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    poison(model, tokens(trainer, UNLABELLED))
+    with pytest.raises(FloatingPointError, match="^step 1: not finite: hidden states: row 5 "):
+        trainer.train()
+
+
 def test_rows_keep_their_numbers_when_shuffled_and_loaded_elsewhere(make, policy, rows):
     model = policy()
     trainer = make(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from stepkto_kernels import checks
 from stepkto_kernels.linear_logprobs import linear_logprobs
 from stepkto_kernels.step_kto import KLTotals
-from stepkto_kernels.training import head_calls
 from stepkto_kernels.training.batch import IGNORED
 from stepkto_kernels.training.data import EncodedExample
 from stepkto_kernels.training.finite_trainer import Batch, StepContext
@@ -89,5 +88,5 @@ class CompletionTrainer(StepKTOTrainer):
         def head_fn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return linear_logprobs(hidden, weight, batch["target"], bias, **options)
 
-        output = head_calls.run(model, batch, head_fn)
+        output = self._run_head(model, batch, head_fn)
         return -output.value.sum(), output.aux_loss

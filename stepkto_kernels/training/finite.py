@@ -34,6 +34,19 @@ def not_finite(*values: Tensor) -> Tensor:
     return torch.stack([~value.detach().isfinite().all() for value in values]).double().sum()
 
 
+def hidden_fault(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """() fp32: NaN if the hidden state of a token is not finite, else 0; padding is no token.
+
+    Args:
+        hidden: (B, T, H).
+        attention_mask: (B, T), nonzero where there is a token; None: everywhere.
+    """
+    bad = ~hidden.detach().isfinite().all(-1)
+    if attention_mask is not None:
+        bad &= attention_mask.bool()
+    return torch.zeros((), device=hidden.device).masked_fill(bad.any(), torch.nan)
+
+
 def local(value: Any) -> Tensor:
     """This rank's part of a parameter or gradient, which FSDP has as a DTensor."""
     return value.to_local() if hasattr(value, "to_local") else value

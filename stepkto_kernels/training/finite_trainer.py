@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stepkto_kernels.integrations.transformers import HeadFunction, HeadOutput
 from stepkto_kernels.metrics import StepKTOMetrics
 from stepkto_kernels.step_kto import KLBaseline, KLTotals, LossNormalizer
-from stepkto_kernels.training import finite
+from stepkto_kernels.training import finite, head_calls
 from stepkto_kernels.training.arguments import StepKTOArguments
 from stepkto_kernels.training.batch import IGNORED, TrainerCollator, unlabelled
 from stepkto_kernels.training.data import EncodedExample
@@ -116,6 +117,24 @@ class FiniteTrainer(ResumableTrainer):
     def _watch(self, *values: Tensor) -> None:
         bad = finite.not_finite(*values)
         self._bad = bad if self._bad is None else self._bad + bad
+
+    def _run_head(self, model: nn.Module, batch: Batch, head_fn: HeadFunction) -> HeadOutput:
+        """As head_calls.run. Where fp16 has a scaler, a step's hidden states are watched too.
+
+        A scaler takes every gradient that is not finite for an overflow of its own. It would skip,
+        for good, the steps with a hidden state that only the backbone's gradient depends on.
+        """
+        if self.accelerator.scaler is None or not model.training:
+            return head_calls.run(model, batch, head_fn)
+
+        def watched(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            fault = finite.hidden_fault(hidden, batch.get("attention_mask"))
+            return head_fn(hidden, weight, bias), fault
+
+        output = head_calls.run(model, batch, watched)
+        value, fault = output.value
+        self._watch(fault)
+        return HeadOutput(value, output.aux_loss)
 
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None

@@ -379,7 +379,7 @@ class StepKTOTrainer(FiniteTrainer):
                 update_running=False,  # once a step, and with all ranks' values
             )
 
-        output = head_calls.run(model, batch, head_fn)
+        output = self._run_head(model, batch, head_fn)
         loss, metrics = output.value
         if model.training:  # the ranks' gradients will be averaged
             loss = loss * self.args.world_size
