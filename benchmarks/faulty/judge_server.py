@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 
 def verdicts(labels) -> str:
@@ -15,13 +16,23 @@ def verdicts(labels) -> str:
     return json.dumps({"verdicts": rows})
 
 
+BROKEN = ("hang", "half", "cut", "slow headers", "slow body")
+
+
+def trickle(write, data: bytes) -> None:
+    """A byte now and then, none of them late by itself."""
+    for byte in data:
+        write(bytes([byte]))
+        time.sleep(0.05)
+
+
 class Server:
     """A judge of steps that fails as it is told.
 
     `script(asked, times)` says how the n-th request for a prompt is answered.
 
-    None: well. An int: with this status. (status, Retry-After). "hang", "half", "cut", "trickle".
-    Any other text is the content of the completion.
+    None: well. An int: with this status. (status, Retry-After). One of BROKEN. Any other text is
+    the content of the completion.
     """
 
     def __init__(self, script):
@@ -97,25 +108,22 @@ class Server:
         if how == "hang":
             time.sleep(self.hang)
             return
-        content = how if isinstance(how, str) and how not in ("half", "cut", "trickle") else good
+        content = how if isinstance(how, str) and how not in BROKEN else good
         reply = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
         size = len(reply)
         if how == "half":
             reply = reply[: size // 2]
             size = len(reply)
-        request.send_response(200)
-        request.send_header("Content-Length", str(size))
-        request.end_headers()
+        head = f"HTTP/1.0 200 OK\r\nContent-Length: {size}\r\n\r\n".encode()
+        write = request.wfile.write
+        slowly = partial(trickle, write)
+        (slowly if how == "slow headers" else write)(head)
         if how == "cut":
-            request.wfile.write(reply[: size // 2])
+            write(reply[: size // 2])
             return
-        if how == "trickle":
-            for byte in reply:
-                request.wfile.write(bytes([byte]))
-                time.sleep(0.05)
         with self.lock:
             self.paid[name] += how is None
-        request.wfile.write(reply)
+        (slowly if how == "slow body" else write)(reply)
 
 
 FAILURES = [

@@ -16,6 +16,7 @@ from typing import Any
 from faulty.files import label_words, write_samples
 from faulty.judge_server import FAILURES, Server
 from faulty.processes import Count, command, kill_until_done
+from stepkto_kernels import files
 from stepkto_kernels.training.openai_client import ChatClient
 
 SHARE = 0.2  # of the calls
@@ -33,9 +34,7 @@ def serve(share: float, port_file: Path, seed: int = 0) -> Iterator[Callable[[],
             fail = lambda name, times: rng.choice(KINDS) if rng.random() < share else None
             server = Server(fail)
             server.hang = HANG
-            part = port_file.with_suffix(".part")
-            part.write_text(server.url)
-            os.replace(part, port_file)
+            files.write_text(port_file, server.url)
             signal.pause()
         finally:
             os._exit(0)

@@ -7,10 +7,8 @@ its line stands in runs.jsonl. Runs are deterministic on one machine, whatever t
 from __future__ import annotations
 
 import copy
-import os
 import random
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from stepkto_kernels import files
 from stepkto_kernels.training.records import RowWriter
 
 from . import policy
@@ -219,9 +218,8 @@ def _first(
         return model, saved["metrics"]
     model = policy.first_model(language, seed, size.sft_steps)
     metrics = evaluate(model, language, held_out, size, seed)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    torch.save({"model": copy.deepcopy(model.state_dict()), "metrics": metrics}, temporary)
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        torch.save({"model": copy.deepcopy(model.state_dict()), "metrics": metrics}, temporary)
     return model, metrics
 
 

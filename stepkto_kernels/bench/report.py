@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stepkto_kernels import files
 from stepkto_kernels.bench.options import Row
 
 
@@ -95,9 +96,8 @@ def _line(columns: Sequence[Column], cells: Sequence[str]) -> str:
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rounded = {**result, "rows": [_rounded(row) for row in result["rows"]]}
-    path.write_text(json.dumps(rounded, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    files.write_text(path, json.dumps(rounded, indent=1, allow_nan=False) + "\n")
 
 
 def _rounded(row: Row) -> Row:

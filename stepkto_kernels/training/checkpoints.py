@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from stepkto_kernels import checks
+from stepkto_kernels import checks, files
 
 SEAL = "step_kto.json"
 STATE = "trainer_state.json"  # transformers writes it last of all, behind the seal
@@ -31,19 +31,15 @@ def seal(folder: Path, settings: Mapping[str, Any], with_state: bool = False) ->
         settings: what JSON can hold, of `check_settings`.
         with_state: trainer_state.json is there too, which Trainer writes last.
     """
-    files = {}
+    marks = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name != SEAL and (with_state or name != STATE):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            files[name] = mark(path)
-    part = folder / f"{SEAL}.part"
-    with open(part, "w", encoding="utf-8") as text:
-        json.dump({"files": files, "settings": dict(settings)}, text, indent=1)
-        text.flush()
-        os.fsync(text.fileno())
-    os.replace(part, folder / SEAL)
+            marks[name] = mark(path)
+    content = {"files": marks, "settings": dict(settings)}
+    files.write_text(folder / SEAL, json.dumps(content, indent=1))
 
 
 def mark(path: Path) -> list[Any]:

@@ -18,13 +18,14 @@ import codecs
 import json
 import os
 import reprlib
-import uuid
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from stepkto_kernels import files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -261,19 +262,14 @@ def write_jsonl(path: FilePath, examples: Iterable[StepKTOExample]) -> None:
         ValueError: something in `examples` is no StepKTOExample; names its index.
         OSError: the file cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            for index, example in enumerate(examples):
-                if not isinstance(example, StepKTOExample):
-                    raise _bad(f"examples[{index}]", "a StepKTOExample", example)
-                file.write(json.dumps(_row(example), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        files.replacing(Path(path)) as temporary,
+        open(temporary, "x", encoding="utf-8", newline="\n") as file,
+    ):
+        for index, example in enumerate(examples):
+            if not isinstance(example, StepKTOExample):
+                raise _bad(f"examples[{index}]", "a StepKTOExample", example)
+            file.write(json.dumps(_row(example), ensure_ascii=False) + "\n")
 
 
 def _row(example: StepKTOExample) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-import uuid
 from pathlib import Path
 
-from stepkto_kernels import checks
+from stepkto_kernels import checks, files
 from stepkto_kernels.training.inspect_page import render_page
 from stepkto_kernels.training.inspect_run import read_runs, shown_and_left_out
 
@@ -61,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     in_place = any(output.resolve() == path.resolve() for path in args.runs)
     checks.require(not in_place, "--output", "another file than RUN", output)
     runs = read_runs(args.runs, solutions=args.solutions)
-    write_text(output, render_page(runs))
+    files.write_text(output, render_page(runs))
     shown, left_out = shown_and_left_out(runs)
     print(f"{output}: {len(runs)} runs, {shown} solutions, {left_out} left out")
     return 0
@@ -70,14 +68,3 @@ def run(args: argparse.Namespace) -> int:
 def default_output(runs: list[Path]) -> Path:
     checks.require(len(runs) == 1, "--output", "a file to write, with several runs", "none")
     return runs[0] / "report.html" if runs[0].is_dir() else Path(f"{runs[0]}.html")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, encoding="ascii", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

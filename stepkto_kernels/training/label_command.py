@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stepkto_kernels import files
 from stepkto_kernels.training import label_rollouts
 from stepkto_kernels.training.label import NAMES, Labeller, count_labels, label_into
 from stepkto_kernels.training.records import RowWriter, read_problems, read_samples
@@ -274,10 +273,7 @@ def keep_settings(output: Path, wanted: Mapping[str, Any]) -> None:
                 f"{name}: want {found.get(k)!r}, as {output} was made, got {wanted.get(k)!r}"
             )
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(wanted) + "\n")
 
 
 def summary(

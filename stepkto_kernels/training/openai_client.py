@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from stepkto_kernels import checks
+from stepkto_kernels.training import bounded_http
 
 Message = dict[str, str]
 Parsed = TypeVar("Parsed")
@@ -122,7 +123,7 @@ class ChatClient:
             key = os.environ.get(api_key_env, "").strip()
             checks.require(bool(key), api_key_env, "a key in this environment variable", "none")
             self._headers["Authorization"] = f"Bearer {key}"
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = bounded_http.opener()
         self._next_start = 0.0  # of time.monotonic
         self._random = random.Random()
         self.counts: Counter[str] = Counter()  # "attempts", "retries", "failed"
@@ -211,11 +212,10 @@ class ChatClient:
 
     def _post(self, path: str, data: bytes, parse: Callable[[bytes], Parsed]) -> Parsed:
         """One attempt, in a thread. Raises _Failure."""
-        deadline = time.monotonic() + self.timeout
         request = urllib.request.Request(self.base + path, data, self._headers, method="POST")
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
-                reply = _read(response, deadline)
+                reply = _read(response)
         except urllib.error.HTTPError as error:
             with error:
                 again = error.code in (408, 429) or error.code >= 500
@@ -226,21 +226,11 @@ class ChatClient:
         return parse(reply)
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an HTTPError: following one would take the key elsewhere."""
-
-    def redirect_request(self, *unused: Any) -> None:
-        return None
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body; a server that sends a byte now and then does not reset the clock."""
+def _read(response: http.client.HTTPResponse) -> bytes:
     parts, size = [], 0
     while part := response.read1(65536):
         parts.append(part)
         size += len(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError("the reply was not complete in time")
         if size > MAX_REPLY:
             raise _Failure(f"a reply of more than {MAX_REPLY} bytes", again=False)
     if response.length:  # read1 does not raise where the connection ends early

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stepkto_kernels import files
 from stepkto_kernels.training.batch import IGNORED
 from stepkto_kernels.training.data import EncodedExample
 from stepkto_kernels.training.dataset import StepKTODataset
@@ -95,13 +95,8 @@ def load(path: Path, key: str, tokens: int) -> Tensor | None:
 
 def save(path: Path, key: str, logps: Tensor) -> None:
     """Write the file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with files.replacing(path) as temporary:
         save_file({"ref_logps": logps}, temporary, metadata={"key": key})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def compute(

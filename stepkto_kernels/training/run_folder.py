@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stepkto_kernels import checks
+from stepkto_kernels import checks, files
 
 END = 2**20  # bytes
 
@@ -104,10 +104,7 @@ def keep_settings(
                 checks.require(new == old, name, f"{old!r}, as in {path}", repr(new))
         if wanted == found:
             return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(yaml.safe_dump(dict(wanted), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_text(path, yaml.safe_dump(dict(wanted), sort_keys=False))
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stepkto_kernels import checks
+from stepkto_kernels import checks, files
 from stepkto_kernels.training import sample_parts
 from stepkto_kernels.training.label_command import keep_settings
 from stepkto_kernels.training.problems import SOURCES, load_problems
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     checks.require(bool(problems), "--problems", "at least one problem", "none")
     if args.save_problems is not None and ranks.rank == 0:
         text = "".join(json.dumps(as_row(each), ensure_ascii=False) + "\n" for each in problems)
-        args.save_problems.write_text(text, encoding="utf-8")
+        files.write_text(args.save_problems, text)
     wanted = {name: getattr(args, name) for name in (*SETTINGS, "chunk")}
     wanted |= {name: options[name] for name in DECIDING if name in options}
     texts = json.dumps([(each.id, each.problem) for each in problems])

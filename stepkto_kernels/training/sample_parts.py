@@ -9,14 +9,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stepkto_kernels import checks
+from stepkto_kernels import checks, files
 from stepkto_kernels.training.records import Problem
+from stepkto_kernels.training.run_folder import write_rows
 from stepkto_kernels.training.sample import Key, make_sample
 
 Row = dict[str, Any]
@@ -90,13 +90,8 @@ def join(output: Path, problems: Sequence[Problem], num_samples: int) -> bool:
         rows = {key(row): row for row in rows_of([output, *old])}
         if any(each not in rows for each in wanted):
             return False
-        temporary = output.with_name(f".{uuid.uuid4().hex}.tmp")
-        with open(temporary, "wb") as file:
-            for each in wanted:
-                file.write(json.dumps(rows[each], ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
+        with files.replacing(output) as temporary:
+            write_rows(temporary, (rows[each] for each in wanted))
         for path in old:
             path.unlink()
             path.with_name(path.name + ".settings.json").unlink(missing_ok=True)

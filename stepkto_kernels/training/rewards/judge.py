@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepkto_kernels import checks
+from stepkto_kernels import checks, files
 from stepkto_kernels.training.data import FilePath
 from stepkto_kernels.training.openai_client import ChatClient, ChatError, Message
 from stepkto_kernels.training.rewards.base import Label, Solution
@@ -145,16 +143,7 @@ class LLMJudge:
         if path is None:
             return
         verdicts = [{"step": i, "correct": label} for i, label in enumerate(labels, start=1)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                json.dump({"model": self.client.model, "verdicts": verdicts}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_text(path, json.dumps({"model": self.client.model, "verdicts": verdicts}))
 
 
 def prompt(solution: Solution) -> list[Message]:
