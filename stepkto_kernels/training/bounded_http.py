@@ -10,6 +10,7 @@ import functools
 import http.client
 import io
 import socket
+import ssl
 import time
 import urllib.request
 from typing import Any
@@ -45,10 +46,11 @@ class _Response(http.client.HTTPResponse):
 class _Bounded(http.client.HTTPConnection):
     """A connection for one exchange, all of which ends `timeout` seconds after this is made."""
 
-    def __init__(self, *args: Any, timeout: float, **options: Any):
-        super().__init__(*args, timeout=timeout, **options)
-        self._deadline = time.monotonic() + timeout
-        self.response_class = functools.partial(_Response, deadline=self._deadline)
+    def __init__(self, host: str, /, **options: Any):
+        super().__init__(host, **options)
+        self._deadline = time.monotonic() + options["timeout"]
+        response = functools.partial(_Response, deadline=self._deadline)
+        self.response_class = response  # type: ignore[assignment]  # http.client only calls it
 
     def connect(self) -> None:
         super().connect()
@@ -65,8 +67,12 @@ class _HTTP(urllib.request.HTTPHandler):
 
 
 class _HTTPS(urllib.request.HTTPSHandler):
+    def __init__(self) -> None:
+        self._verifying = ssl.create_default_context()  # made once: it reads all authorities
+        super().__init__(context=self._verifying)
+
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_BoundedTLS, request, context=self._context)
+        return self.do_open(_BoundedTLS, request, context=self._verifying)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
