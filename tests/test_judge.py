@@ -195,6 +195,15 @@ def test_failures_that_pass_are_tried_again(serve, failure):
     assert server.asked["Problem p"] == 3
 
 
+@pytest.mark.parametrize("failure", ["slow headers", "slow body"])
+def test_a_byte_now_and_then_does_not_outlast_the_timeout(serve, failure):
+    """Which is half a second of the attempt as a whole; the reply takes ten, or five."""
+    server = serve(lambda name, times: failure if times <= 1 else None)
+    assert read_verdicts(ask(server), 3) is not None
+    first, second = server.times
+    assert second - first < 4
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, (302, "http://127.0.0.1:1/")], ids=str)
 def test_failures_that_stay_are_not(serve, status):
     server = serve(lambda name, times: status)

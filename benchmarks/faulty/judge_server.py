@@ -114,7 +114,8 @@ class Server:
         if how == "half":
             reply = reply[: size // 2]
             size = len(reply)
-        head = f"HTTP/1.0 200 OK\r\nContent-Length: {size}\r\n\r\n".encode()
+        padding = "x" * 200 if how == "slow headers" else ""  # ten seconds
+        head = f"HTTP/1.0 200 OK\r\nX: {padding}\r\nContent-Length: {size}\r\n\r\n".encode()
         write = request.wfile.write
         slowly = partial(trickle, write)
         (slowly if how == "slow headers" else write)(head)

@@ -20,7 +20,7 @@ from stepkto_kernels import files
 from stepkto_kernels.training.openai_client import ChatClient
 
 SHARE = 0.2  # of the calls
-KINDS = [*FAILURES, (429, "1")]
+KINDS = [*FAILURES, "slow headers", (429, "1")]
 HANG = 2.0  # seconds, longer than the client waits
 
 
