@@ -11,14 +11,19 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, for the block to write a file at.
+    """A temporary path in the folder of `path`, for the block to write a new file at.
 
     The file takes the place of `path` in one step where the block ends. Where the block raises, or
-    the process dies in it, `path` is what it was before.
+    the process dies in it, `path` is what it was before. Of a link the file behind it is replaced;
+    a pipe or a device, such as /dev/null, is handed to the block as it is.
 
     Raises:
         OSError: what the block wrote does not get to the disk or to its place.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -23,6 +24,26 @@ def test_it_is_as_readable_as_any_other(tmp_path):
     (tmp_path / "other").write_text("")
     files.write_text(tmp_path / "file", "")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_of_a_link_the_file_behind_it_is_replaced(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a/file")
+    for text in ("one", "two"):  # a file that is not there yet, and one that is
+        files.write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "a/file").read_text() == text
+    assert names(tmp_path / "a") == ["file"]
+
+
+def test_a_pipe_stays_one(tmp_path):
+    """As /dev/null has to: whoever may replace it should not."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(pipe.read_text)
+        files.write_text(pipe, "text")
+        assert reader.result() == "text"
+    assert pipe.is_fifo() and names(tmp_path) == ["pipe"]
 
 
 class Stopped(BaseException):

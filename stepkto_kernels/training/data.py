@@ -264,7 +264,7 @@ def write_jsonl(path: FilePath, examples: Iterable[StepKTOExample]) -> None:
     """
     with (
         files.replacing(Path(path)) as temporary,
-        open(temporary, "x", encoding="utf-8", newline="\n") as file,
+        open(temporary, "w", encoding="utf-8", newline="\n") as file,
     ):
         for index, example in enumerate(examples):
             if not isinstance(example, StepKTOExample):
