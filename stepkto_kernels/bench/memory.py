@@ -92,7 +92,6 @@ def measure(case: Case, contender: Contender) -> float:
         execute(contender, problem, case.path)
         release(case.device)
     gc.collect()  # or what is freed on the way hides as much
-    trim()  # or the call fills what is free here, and the resident size does not grow
     before = _start(case.device)
     outcome = execute(contender, problem, case.path)
     if case.device == "cuda":
@@ -112,6 +111,7 @@ def _start(device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    trim()  # or the call fills what is free here, and the resident size does not grow
     (STATUS.parent / "clear_refs").write_text("5")  # peak resident size := resident size
     return _resident("VmRSS")
 
